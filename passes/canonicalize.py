@@ -1,0 +1,229 @@
+"""Canonicalize: any program becomes one functional, pre-dispatch ATen graph with named weights.
+
+Requires: an ``nn.Module`` with example inputs, an ``ExportedProgram``, or a Dynamo graph.
+Leaves:   a :class:`Program` whose graph mutates nothing (input mutations are ``copy_`` nodes at the
+          end, as AOTAutograd leaves them), whose composite contractions (einsum, tensordot, inner)
+          are spelled with ``bmm``, and whose weights are placeholders with fully qualified names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# Composite contractions; decomposed so that the finder sees movements around a bmm.
+COMPOSITES = ("einsum", "tensordot", "inner", "addbmm", "chain_matmul", "linalg_multi_dot")
+
+
+@dataclass
+class Program:
+    """A canonical graph and its weights, keyed by placeholder name."""
+
+    module: fx.GraphModule
+    names: dict[str, str]
+    """Placeholder → fully qualified name, for every constant (parameter or unmutated buffer)."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Placeholder → value, where there is one."""
+    exported: ExportedProgram | None = None
+    spellings: list[tuple[str, str]] = field(default_factory=list)
+    """(replacement, original) nodes of ``normalize_linears``, until ``restore_spellings``."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def canonicalize_module(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Export ``model`` (in the training mode that it is in) and canonicalize the program."""
+    with composite_attention(), torch.no_grad():
+        exported = torch.export.export(
+            model, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+    return canonicalize_exported(exported)
+
+
+def canonicalize_exported(exported: ExportedProgram) -> Program:
+    """Functionalise an exported program and name its weights."""
+    with composite_attention(), torch.no_grad():
+        functional = exported.run_decompositions(_decompositions())
+    mutated = set(functional.graph_signature.buffers_to_mutate.values())
+    names, tensors = {}, {}
+    for spec in functional.graph_signature.input_specs:
+        kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+        if spec.kind not in kinds or spec.target is None or spec.target in mutated:
+            continue
+        names[spec.arg.name] = spec.target
+        value = functional.state_dict.get(spec.target, functional.constants.get(spec.target))
+        if isinstance(value, Tensor):
+            tensors[spec.arg.name] = value
+    program = Program(functional.graph_module, names, tensors, functional)
+    merge_tied_weights(program)
+    merge_equal_constants(program)
+    return program
+
+
+def canonicalize_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
+    """Trace a Dynamo graph to functional ATen; placeholders keep their order and their number."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    fakes = [p.meta.get("example_value", x) for p, x in zip(placeholders, example_inputs, strict=True)]
+
+    def run(*values: Any) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return fx.Interpreter(module).run(*values)
+
+    with composite_attention(), torch.no_grad():
+        traced = make_fx(
+            _functionalized(run),
+            decomposition_table=_decompositions(),
+            tracing_mode="real",
+            pre_dispatch=True,
+        )(*fakes)
+    _drop_grad_mode_calls(traced.graph)
+    names, tensors = {}, {}
+    inputs = traced.graph.find_nodes(op="placeholder")
+    written = {n.args[0] for n in traced.graph.nodes if n.target is torch.ops.aten.copy_.default}
+    for node, original, value in zip(inputs, placeholders, example_inputs, strict=True):
+        node.meta.setdefault("val", original.meta.get("example_value", value))
+        name = _name_of(original, value)
+        if name is not None and node not in written:
+            names[node.name] = name
+            tensors[node.name] = value
+    traced.recompile()
+    program = Program(traced, names, tensors)
+    merge_equal_constants(program)
+    return program
+
+
+def merge_tied_weights(program: Program) -> None:
+    """Two names of one tensor become one placeholder: a reader of either is a reader of both."""
+    first: dict[Any, fx.Node] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        tensor = program.tensors.get(node.name)
+        if tensor is None or tensor.device.type == "meta" or tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        owner = first.setdefault(key, node)
+        if owner is not node:
+            node.replace_all_uses_with(owner)
+
+
+def merge_equal_constants(program: Program) -> None:
+    """Equal expressions of weights (the same transpose, the same slice) become one node."""
+    constants = constant_nodes(program)
+    known: dict[Any, fx.Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or node.name not in constants:
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        owner = known.setdefault(key, node)
+        if owner is not node:
+            node.replace_all_uses_with(owner)
+            program.graph.erase_node(node)
+
+
+def constant_nodes(program: Program) -> dict[str, fx.Node]:
+    """Weights and everything computed from weights alone, by node name."""
+    found: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in program.names:
+            found[node.name] = node
+        elif node.op == "call_function" and node.all_input_nodes:
+            pure = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            known = all(n.name in found for n in node.all_input_nodes)
+            if pure and known and not random and isinstance(node.meta.get("val"), Tensor):
+                found[node.name] = node
+    return found
+
+
+@contextlib.contextmanager
+def composite_attention() -> Iterator[None]:
+    """Keep ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` off their fused fast path."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _decompositions() -> dict[Any, Any]:
+    table = torch.export.default_decompositions()
+    picked = {}
+    for name in COMPOSITES:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            if op in table:
+                picked[op] = table[op]
+    return picked
+
+
+def _functionalized(run: Any) -> Any:
+    """``run`` without in-place ops; what it did to its inputs is written back at the end."""
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+    def wrapped(*values: Any) -> Any:
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+        inputs = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
+        with mode:
+            outputs = run(*inputs)
+
+        def plain(value: Any) -> Any:
+            if not isinstance(value, FunctionalTensor):
+                return value
+            torch._sync(value)
+            return torch._from_functional_tensor(value.elem)
+
+        results = torch.utils._pytree.tree_map(plain, outputs)
+        for before, after in zip(values, inputs, strict=True):
+            if isinstance(after, FunctionalTensor):
+                torch._sync(after)
+                if torch._functionalize_has_data_mutation(after.elem):  # type: ignore[attr-defined]
+                    torch.ops.aten.copy_.default(before, plain(after))
+        return results
+
+    return wrapped
+
+
+def _drop_grad_mode_calls(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            graph.erase_node(node)
+
+
+_ATTRIBUTE = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def _name_of(placeholder: fx.Node, value: Any) -> str | None:
+    """Fully qualified name of a parameter or buffer that Dynamo lifted to an input."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = "" if source is None else source.name if isinstance(source.name, str) else source.name()
+    if not isinstance(value, Tensor):
+        return None
+    if isinstance(value, nn.Parameter) or "_buffers[" in text:
+        return ".".join(_ATTRIBUTE.findall(text)) or placeholder.name
+    return None
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+    return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))

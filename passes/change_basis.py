@@ -1,0 +1,159 @@
+"""The change of basis of one product, and the paper's identity for a bare matrix product.
+
+    K = x W + b,  W [E, D] per head.   Basis rows B, the rest R.   S = [ W_B ; Nᵀ ]  [D, D]
+    K' = K S⁻¹ = [x_B | 0] + x_R C + b S⁻¹,    C = W_R S⁻¹  [E - r, D]
+    Q' = Q Sᵀ  (weights U Sᵀ, bias a Sᵀ)       ⇒  Q' K'ᵀ = Q Kᵀ
+    O' = S O                                    ⇒  V' O' = V O
+
+N is an orthonormal basis of the null space of W_B, scaled to the mean singular value of W_B. Source:
+"Accelerating Attention with Basis Decomposition", arXiv 2510.01718, which has r = D; smaller r and
+the completion by N are ours. Everything is float64 and batched over heads; callers round once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK_TOLERANCE = 1e-11
+"""A singular value below this times the head's largest weight singular value counts as zero."""
+
+
+@dataclass(frozen=True)
+class ChangeOfBasis:
+    """S and what follows from it, for the G heads of one projection. All float64 or int64."""
+
+    rows: Tensor
+    """[r] input features that are the basis."""
+    rest: Tensor
+    """[E - r] the other input features, ascending."""
+    s: Tensor
+    """[G, D, D] S_g."""
+    s_inv: Tensor
+    """[G, D, D] S_g⁻¹, the pseudo-inverse where S_g is singular."""
+    coefficients: Tensor
+    """[G, E - r, D] C_g."""
+    bias: Tensor | None
+    """[G, D] b_g S_g⁻¹."""
+    condition: float
+    """Largest 2-norm condition of any S_g, over its nonzero singular values."""
+    residual: float
+    """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius)."""
+
+
+def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> ChangeOfBasis:
+    """Change of basis for ``heads`` [G, E, D] on basis ``rows`` [r], with ``bias`` [G, D].
+
+    Exact while the rows of W_B (and the D - r directions of N) span each head's row space;
+    otherwise ``residual`` says how far off it is and the caller must not use it. Rank-deficient and
+    zero heads are allowed. Cost O(G (E D² + D³)).
+
+    Raises:
+        ValueError: a weight or bias is inf or nan; rows are out of range or repeated.
+    """
+    heads = heads.double()
+    bias = None if bias is None else bias.double()
+    _check(heads, rows, bias)
+    e, d = heads.shape[1:]
+    keep = torch.ones(e, dtype=torch.bool)
+    keep[rows] = False
+    rest = keep.nonzero().flatten()
+    top, below = heads[:, rows], heads[:, rest]
+    if bias is not None:
+        below = torch.cat([below, bias.unsqueeze(1)], 1)
+    s = _complete(top, below, heads)
+    sizes = torch.linalg.svdvals(s)
+    floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    nonzero = sizes > floor
+    smallest = torch.where(nonzero, sizes, torch.inf).amin(-1)
+    condition = torch.where(nonzero.any(-1), sizes[:, 0] / smallest, 1.0)
+    singular = ~nonzero.all(-1)
+    s_inv = torch.empty_like(s)
+    solved = torch.empty_like(below)
+    if (~singular).any():
+        full = s[~singular]
+        s_inv[~singular] = torch.linalg.inv(full)
+        solved[~singular] = torch.linalg.solve(full, below[~singular], left=False)
+    if singular.any():
+        s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
+        solved[singular] = below[singular] @ s_inv[singular]
+    missing = (solved @ s - below).norm(dim=(1, 2)) if below.shape[1] else torch.zeros(len(s))
+    scale = torch.cat([top, below], 1).norm(dim=(1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    return ChangeOfBasis(
+        rows=rows,
+        rest=rest,
+        s=s,
+        s_inv=s_inv,
+        coefficients=solved[:, : len(rest)],
+        bias=None if bias is None else solved[:, -1],
+        condition=float(condition.max()),
+        residual=float((missing / scale).max()),
+    )
+
+
+def transform_query_side(
+    weight: Tensor, bias: Tensor | None, change: ChangeOfBasis, groups: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Q' = Q Sᵀ: ``weight`` [H, E₂, D] and ``bias`` [H, D] of query heads served by ``groups`` [H]."""
+    s_t = change.s[groups].transpose(-1, -2)
+    moved = None if bias is None else (bias.double().unsqueeze(-2) @ s_t).squeeze(-2)
+    return weight.double() @ s_t, moved
+
+
+def transform_output_side(weight: Tensor, change: ChangeOfBasis, groups: Tensor) -> Tensor:
+    """O' = S O: ``weight`` [H, D, F] of the query heads served by ``groups`` [H]."""
+    return change.s[groups] @ weight.double()
+
+
+def decompose_product_rows(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """P = A B recovered from r of its rows: P = C P_B, with P_B = A_B B [r, n] and C [m, r].
+
+    ``a`` [m, r], ``b`` [r, n]; C is the identity on ``rows``. Returns (P_B, C). The paper's BD
+    identity (arXiv 2510.01718): r (m + n - r) numbers hold what the factors hold in r (m + n).
+    """
+    a, b = a.double(), b.double()
+    return a[rows] @ b, torch.linalg.solve(a[rows], a, left=False)
+
+
+def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """P = A B recovered from r of its columns: P = P_B C, with P_B = A B_B [m, r] and C [r, n]."""
+    basis, coefficients = decompose_product_rows(b.T, a.T, columns)
+    return basis.T, coefficients.T
+
+
+def _complete(top: Tensor, below: Tensor, heads: Tensor) -> Tensor:
+    """S [G, D, D]: the basis rows ``top`` [G, r, D] and scaled null-space directions under them."""
+    g, r, d = top.shape
+    if r == d:
+        return top.clone()
+    q, _ = torch.linalg.qr(top.transpose(1, 2), mode="complete")
+    null = q[:, :, r:].transpose(1, 2)
+    sizes = torch.linalg.svdvals(top)
+    scale = sizes.mean(-1)
+    largest = torch.linalg.matrix_norm(heads, 2)
+    for head in (sizes[:, -1] <= RANK_TOLERANCE * largest).nonzero().flatten().tolist():
+        # W_B spans less than r directions: of the larger null space keep what the other rows need.
+        _, values, basis = torch.linalg.svd(top[head])
+        rank = int((values > RANK_TOLERANCE * largest[head]).sum())
+        space = basis[rank:]
+        _, _, needed = torch.linalg.svd(below[head] @ space.T)
+        null[head] = (needed @ space)[: d - r]
+    scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
+    # A direction's sign is free; fix it, so that equal weights always give equal results.
+    signs = torch.gather(null, 2, null.abs().argmax(-1, keepdim=True)).sign()
+    return torch.cat([top, null * signs * scale[:, None, None]], 1)
+
+
+def _check(heads: Tensor, rows: Tensor, bias: Tensor | None) -> None:
+    e = heads.shape[1]
+    if len(rows) == 0 or len(rows.unique()) != len(rows) or rows.min() < 0 or rows.max() >= e:
+        raise ValueError(f"basis rows must be distinct numbers in 0..{e - 1}, got {rows.tolist()}")
+    if len(rows) > min(heads.shape[1:]):
+        raise ValueError(f"{len(rows)} basis rows for heads of shape {tuple(heads.shape[1:])}")
+    finite = heads.isfinite().all(-1).all(-1)
+    if bias is not None:
+        finite &= bias.isfinite().all(-1)
+    if not finite.all():
+        raise ValueError(f"weights of head {int((~finite).nonzero()[0])} hold inf or nan")

@@ -1,0 +1,80 @@
+"""What each ATen op does to the features of a projection: the table behind labelled execution.
+
+An op that is in no row of the table is assumed to compute something: whatever labelled features it
+reads are then touched, and its result carries no labels. So a missing row costs a site, never a
+wrong rewrite.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bda_fx.passes.sites import Reason
+
+
+def overloads(*names: str) -> frozenset[torch._ops.OpOverload]:
+    """Every overload of the named ATen ops (``view.dtype`` style names pick one overload)."""
+    found = set()
+    for name in names:
+        packet, _, overload = name.partition(".")
+        op = getattr(torch.ops.aten, packet)
+        picked = [overload] if overload else op.overloads()
+        found |= {getattr(op, o) for o in picked}
+    return frozenset(found)
+
+
+# Each output element is one input element (or a constant fill): run on the labels as it stands.
+MOVES = overloads(
+    "view.default", "_unsafe_view", "reshape", "view_as", "flatten.using_ints", "unflatten.int",
+    "transpose.int", "t", "permute", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint",
+    "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "repeat", "tile",
+    "repeat_interleave.self_int", "split", "split_with_sizes", "unsafe_split",
+    "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "unsafe_chunk",
+    "tensor_split.sections", "tensor_split.indices", "unbind.int", "slice.Tensor", "select.int",
+    "narrow", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip", "rot90",
+    "slice_scatter", "select_scatter", "copy", "constant_pad_nd", "pad", "diagonal", "unfold",
+    "index_select", "index.Tensor", "pixel_shuffle", "pixel_unshuffle", "atleast_2d", "atleast_3d",
+)  # fmt: skip
+
+# Same values in another place, layout or floating-point type: the labels stay as they are.
+KEEPS = overloads(
+    "clone", "contiguous", "alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "to",
+    "_to_copy", "type_as", "positive", "dropout", "feature_dropout", "alpha_dropout", "native_dropout",
+)  # fmt: skip
+
+# Multiplication by a factor: legal while the factor is the same for all features of a head.
+SCALES = overloads("mul", "multiply", "div.Tensor", "div.Scalar", "divide.Tensor", "neg")
+
+ADDS = overloads("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub", "subtract.Tensor")
+
+# Ops that look at shapes and types only; an argument of theirs is not read.
+METADATA = overloads(
+    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "_assert_tensor_metadata",
+    "_assert_scalar", "_assert_async", "new_empty", "new_empty_strided", "new_zeros", "new_ones",
+    "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "is_same_size",
+)  # fmt: skip
+
+ZEROS = overloads("zeros", "new_zeros", "zeros_like")
+
+ATTENTION = overloads("scaled_dot_product_attention")
+MATMULS = overloads("matmul", "bmm", "baddbmm.default")
+LINEAR = overloads("linear")
+
+_NORMS = overloads(
+    "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm",
+    "native_group_norm", "batch_norm", "instance_norm", "norm", "linalg_vector_norm", "mean",
+    "var", "var_mean", "std", "pow", "square", "rsqrt",
+)  # fmt: skip
+_ROTATIONS = overloads("view_as_complex", "complex", "polar", "view_as_real")
+
+
+def reason_for(target: object) -> Reason:
+    """Why features that ``target`` reads can no longer be rewritten."""
+    if target in _NORMS:
+        return Reason.NORMALISED
+    if target in _ROTATIONS:
+        return Reason.ROTATED
+    if target in ADDS:
+        return Reason.ADDED
+    return Reason.COMPUTED
