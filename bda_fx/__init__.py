@@ -1,0 +1,55 @@
+"""BD Attention as a compiler pass: smaller K and V projections in any PyTorch model, losslessly.
+
+    torch.compile(model, backend="bda")             # no import needed
+    bda_fx.rewrite(model, args, kwargs)             # an ExportedProgram with smaller weights
+    bda_fx.analyze(model, args, kwargs)             # what would be done, and why not elsewhere
+    bda_fx.verify(reference, candidate, args)       # how equal the outputs are
+
+Importing this module is cheap and initialises no device; the compiler is loaded at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "analyze": "api",
+    "rewrite": "api",
+    "Rewrite": "api",
+    "verify": "fidelity",
+    "Fidelity": "fidelity",
+    "OutputFidelity": "fidelity",
+    "Options": "options",
+    "OptionError": "options",
+    "Report": "report",
+    "SiteReport": "report",
+    "StepError": "pipeline",
+    "bda_backend": "backend",
+    "invalidate": "derived_weights",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from bda_fx.api import Rewrite, analyze, rewrite
+    from bda_fx.backend import bda_backend
+    from bda_fx.derived_weights import invalidate
+    from bda_fx.fidelity import Fidelity, OutputFidelity, verify
+    from bda_fx.options import OptionError, Options
+    from bda_fx.pipeline import StepError
+    from bda_fx.report import Report, SiteReport
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

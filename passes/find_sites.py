@@ -68,7 +68,8 @@ def constant_linears(program: Program, constants: dict[str, fx.Node]) -> dict[st
     for weight, users in nodes.items():
         rows, columns = (int(s) for s in constants[weight].meta["val"].shape)
         name = weight_name(constants[weight], program)
-        found[weight] = Linear(name, weight, tuple(n.name for n in users), columns, rows)
+        biases = tuple(n.args[2].name if len(n.args) > 2 and n.args[2] else None for n in users)
+        found[weight] = Linear(name, weight, tuple(n.name for n in users), biases, columns, rows)
     return found
 
 

@@ -43,13 +43,15 @@ class Reason(enum.Enum):
 class Linear:
     """A linear weight of the program: ``y = x Wᵀ + b`` with ``W`` of shape [F, E].
 
-    ``weight`` and ``biases`` are names of constant nodes; ``nodes`` are all the linear nodes that
-    use the weight (several when layers share it). ``name`` is the fully qualified weight name.
+    ``weight`` is the name of a constant node; ``nodes`` are all the linear nodes that use it
+    (several when layers share it) and ``biases`` the constant node of each one's bias, or None.
+    ``name`` is the fully qualified weight name.
     """
 
     name: str
     weight: str
     nodes: tuple[str, ...]
+    biases: tuple[str | None, ...]
     in_features: int
     out_features: int
 
@@ -118,3 +120,30 @@ class Found:
     skips: tuple[Skip, ...]
     products: tuple[tuple[str, str], ...]
     """(contraction node, product) of every attention product in the program."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What will be done at a site, and what it is predicted to cost.
+
+    ``basis`` names the basis: sites with one name share their rows and the gather of x. ``rows``
+    are the rows for the weights that were planned with; another layer's weights have their own.
+    ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original).
+    """
+
+    site: Site
+    basis: str
+    strategy: str
+    size: int
+    rows: tuple[int, ...]
+    noise: float
+    worst_head_noise: float
+    condition: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites that will be rewritten, and products that will not."""
+
+    sites: tuple[SitePlan, ...]
+    skips: tuple[Skip, ...]

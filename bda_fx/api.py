@@ -1,0 +1,127 @@
+"""``analyze`` and ``rewrite``: from a model or an exported program to a report or a new program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from bda_fx.assemble_program import assemble_program, constant_bytes
+from bda_fx.options import Options
+from bda_fx.passes.canonicalize import Program, canonicalize_exported, canonicalize_module
+from bda_fx.pipeline import StepError, find_and_plan, step, transform
+from bda_fx.report import Report, report_of
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rewritten program and the report of what was done to it.
+
+    ``program`` is an ordinary ``ExportedProgram``: it saves with ``torch.export.save``, runs as
+    ``program.module()(…)`` and loads where bda_fx is not installed. Where nothing could be
+    rewritten it is the original program.
+    """
+
+    program: ExportedProgram
+    report: Report
+
+
+def analyze(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> Report:
+    """Find and plan every attention product of ``model``; change nothing.
+
+    Args:
+        model: a module in the mode in which it will run (usually ``eval()``), or a program.
+        args: example inputs for a module; not needed for a program.
+        kwargs: example keyword inputs.
+        dynamic_shapes: as in ``torch.export.export``.
+        options: :class:`Options` or a dict of them.
+
+    Returns:
+        The report; each site says what would be done and what it would save.
+
+    Raises:
+        OptionError: an unknown option or a value it cannot take.
+        TypeError: ``model`` or ``args`` is of the wrong kind.
+        ValueError: the model cannot be exported with these inputs.
+    """
+    chosen = Options.of(options)
+    _, program = _canonical(model, args, kwargs, dynamic_shapes)
+    before = constant_bytes(program.exported)
+    return report_of(find_and_plan(program, chosen), None, before)
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> Rewrite:
+    """Rewrite every attention of ``model`` that may be, as an exported program.
+
+    Takes and raises what :func:`analyze` does. The outputs of the program equal the model's up to
+    rounding; ``bda_fx.verify`` measures how far. Cost: one export, and a basis choice for each site.
+    """
+    chosen = Options.of(options)
+    original, program = _canonical(model, args, kwargs, dynamic_shapes)
+    before = constant_bytes(original)
+    outcome = transform(program, chosen, fixed_rows=True)
+    if not outcome.plan.sites:
+        return Rewrite(original, report_of(outcome.plan, None, before, before))
+    with step("assemble program"):
+        result = assemble_program(outcome)
+    report = report_of(outcome.plan, outcome.tensors, before, constant_bytes(result))
+    return Rewrite(result, report)
+
+
+def _canonical(
+    model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> tuple[ExportedProgram, Program]:
+    """The exported program as the user knows it, and its canonical form."""
+    if isinstance(model, ExportedProgram):
+        with step("canonicalize"):
+            return model, canonicalize_exported(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is an nn.Module or an ExportedProgram, got {type(model).__name__}; "
+            "wrap a function in a module"
+        )
+    if isinstance(args, torch.Tensor) or not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args is a tuple of example inputs, got {type(args).__name__}: write (x,) for one input"
+        )
+    try:
+        program = canonicalize_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    except StepError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported with the inputs given "
+            f"({_describe(args, kwargs)}): {reason}. "
+            "Check that the model runs on them; torch.export.export shows the full trace."
+        ) from error
+    assert program.exported is not None
+    return program.exported, program
+
+
+def _describe(args: Any, kwargs: Mapping[str, Any] | None) -> str:
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return type(value).__name__
+
+    parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in (kwargs or {}).items()]
+    return ", ".join(parts) or "none"

@@ -1,0 +1,78 @@
+"""Make an ``ExportedProgram`` of a rewritten graph: signature, state and constants that fit it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    TensorArgument,
+)
+
+from bda_fx.pipeline import Outcome
+
+_STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def assemble_program(outcome: Outcome) -> ExportedProgram:
+    """The program of ``outcome``: derived tensors in, weights that nobody reads any more out."""
+    exported = outcome.program.exported
+    assert exported is not None
+    graph = outcome.program.graph
+    signature = exported.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    kept = set(signature.buffers_to_mutate.values())
+    for node in graph.find_nodes(op="placeholder"):
+        spec = specs.get(node.name)
+        if spec and spec.kind in _STATE and not node.users and spec.target not in kept:
+            graph.erase_node(node)
+    taken = {spec.target for n in graph.find_nodes(op="placeholder") if (spec := specs.get(n.name))}
+    state: dict[str, Any] = {}
+    added: dict[str, InputSpec] = {}
+    for key, placeholder in outcome.inputs.items():
+        name = key if key not in taken else f"{key}_bda"
+        tensor = outcome.tensors[key]
+        floating = tensor.is_floating_point()
+        kind = InputKind.PARAMETER if floating else InputKind.BUFFER
+        argument = TensorArgument(name=placeholder)
+        added[placeholder] = InputSpec(kind, argument, name, None if floating else True)
+        state[name] = nn.Parameter(tensor, requires_grad=False) if floating else tensor
+    inputs = []
+    constants = dict(exported.constants)
+    for node in graph.find_nodes(op="placeholder"):
+        spec = added.get(node.name) or specs[node.name]
+        inputs.append(spec)
+        if spec.target in exported.state_dict and node.name not in added:
+            state[spec.target] = exported.state_dict[spec.target]
+    used = {spec.target for spec in inputs}
+    constants = {name: value for name, value in constants.items() if name in used}
+    return ExportedProgram(
+        root=outcome.program.module,
+        graph=graph,
+        graph_signature=ExportGraphSignature(inputs, list(signature.output_specs)),
+        state_dict=state,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=constants,
+        verifiers=exported.verifiers,
+    )
+
+
+def constant_bytes(program: ExportedProgram | None) -> int:
+    """Bytes of all parameters, buffers and constants of a program, shared storage counted once."""
+    if program is None:
+        return 0
+    seen: dict[Any, int] = {}
+    for value in (*program.state_dict.values(), *program.constants.values()):
+        if isinstance(value, Tensor):
+            key = id(value) if value.device.type == "meta" else (value.data_ptr(), value.numel())
+            seen[key] = value.numel() * value.element_size()
+    return sum(seen.values())
+
+

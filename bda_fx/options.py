@@ -1,0 +1,88 @@
+"""What a user may ask for: one frozen dataclass, the same names as the backend's options dict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BASES = ("auto", "pivot", "window", "residual-min", "first")
+PRODUCTS = ("qk", "vo")
+INNERS = ("inductor", "aot_eager", "eager")
+
+
+class OptionError(ValueError):
+    """An option that does not exist or a value it cannot take; the text names the remedy."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``rewrite``, ``analyze`` and ``torch.compile(model, backend="bda", options=…)``.
+
+    Attributes:
+        basis: how basis rows are chosen. "auto" is "pivot"; "first" and "residual-min" are the
+            paper's and are far noisier; "window" takes the best contiguous rows (no gather).
+        basis_size: "auto" takes the largest of D, 15/16, 7/8, 3/4, 5/8, 1/2 D whose predicted noise
+            is within ``noise_budget``; "full" is D; a number in (0, 1] is that fraction of D. With
+            an explicit size the budget is not enforced.
+        noise_budget: largest predicted amplification of a site's own rounding noise (1.0 = none).
+        products: which products to rewrite, of "qk" and "vo".
+        inner: the compiler that the backend hands the rewritten graph to.
+        inner_options: its options; for "inductor" a config patch.
+        strict: raise where the backend would fall back to the original graph with a warning.
+    """
+
+    basis: str = "auto"
+    basis_size: str | float = "auto"
+    noise_budget: float = 2.0
+    products: tuple[str, ...] = PRODUCTS
+    inner: str = "inductor"
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("basis", self.basis, BASES)
+        _choice("inner", self.inner, INNERS)
+        if isinstance(self.products, str):
+            raise OptionError(f'products is a sequence, got the string {self.products!r}: write ("qk",)')
+        object.__setattr__(self, "products", tuple(self.products))
+        for product in self.products:
+            _choice("products", product, PRODUCTS)
+        size = self.basis_size
+        fraction = isinstance(size, int | float) and not isinstance(size, bool) and 0 < size <= 1
+        if not fraction and size not in ("auto", "full"):
+            raise OptionError(
+                f'basis_size is "auto", "full" or a fraction of the head size in (0, 1], got {size!r}'
+            )
+        budget = self.noise_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+            raise OptionError(f"noise_budget is a positive number, got {budget!r}")
+        if not isinstance(self.strict, bool):
+            raise OptionError(f"strict is True or False, got {self.strict!r}")
+        if not isinstance(self.inner_options, Mapping):
+            raise OptionError(f"inner_options is a mapping, got {type(self.inner_options).__name__}")
+
+    @classmethod
+    def of(cls, given: Options | Mapping[str, Any] | None) -> Options:
+        """Options from an instance, a dict, or nothing.
+
+        Raises:
+            OptionError: a name that is no option (the text lists the known ones) or a bad value.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, Options):
+            return given
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise OptionError(
+                f"unknown option {', '.join(map(repr, unknown))}; the options are {', '.join(known)}"
+            )
+        return cls(**given)
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name} is one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,124 @@
+"""The pipeline, in one place: from a canonical program to a rewritten one, step by step.
+
+    canonicalize → normalize linears → find sites → plan sites → transform weights
+                 → rewrite graph → restore spellings → check graph
+
+Each step is one pass in ``bda_fx.passes``. A step that fails raises :class:`StepError`, which names
+it; the backend turns that into a fall-back, ``rewrite`` into an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bda_fx.options import Options
+from bda_fx.passes.canonicalize import Program
+from bda_fx.passes.check_graph import check_graph
+from bda_fx.passes.find_sites import find_sites
+from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
+from bda_fx.passes.plan_sites import Planning, plan_sites
+from bda_fx.passes.read_weights import constants_of, evaluate_constants
+from bda_fx.passes.rewrite_graph import rewrite_graph
+from bda_fx.passes.sites import Found, Plan
+from bda_fx.passes.transform_weights import transform_weights
+
+
+class StepError(RuntimeError):
+    """A pipeline step failed. ``step`` is its name; the cause is chained."""
+
+    def __init__(self, step: str, error: Exception) -> None:
+        super().__init__(f"bda_fx: {step} failed: {type(error).__name__}: {error}")
+        self.step = step
+
+
+@dataclass
+class Outcome:
+    """A rewritten program (or the original, where ``plan.sites`` is empty)."""
+
+    program: Program
+    plan: Plan
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Derived tensors that the new graph reads, by key."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Key → placeholder, in order, in front of the original placeholders."""
+    fixed: frozenset[str] = frozenset()
+    """Keys of tensors that depend on the plan alone, not on the weights."""
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Name the pipeline step that an error came from."""
+    try:
+        yield
+    except StepError:
+        raise
+    except Exception as error:
+        raise StepError(name, error) from error
+
+
+def find_and_plan(program: Program, options: Options) -> Plan:
+    """The first half: find the sites of a canonical program and plan them. Changes spellings only."""
+    with step("normalize linears"):
+        normalize_linears(program)
+    with step("find sites"):
+        found = find_sites(program)
+    with step("plan sites"):
+        return plan_sites(found, _values(program, found), _planning(options))
+
+
+def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcome:
+    """The whole pipeline on a canonical program, in place.
+
+    ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
+    """
+    plan = find_and_plan(program, options)
+    if not plan.sites:
+        with step("restore spellings"):
+            restore_spellings(program)
+        return Outcome(program, plan)
+    with step("transform weights"):
+        constants = constants_of(item.site for item in plan.sites)
+        values = evaluate_constants(program, constants, program.tensors)
+        transformed = transform_weights(plan, values, use_planned_rows=True)
+    with step("rewrite graph"):
+        rewritten = rewrite_graph(program, plan, transformed.tensors, fixed_rows=fixed_rows)
+    with step("restore spellings"):
+        restore_spellings(program)
+    with step("check graph"):
+        check_graph(program)
+    tensors = {**transformed.tensors, **rewritten.constants}
+    return Outcome(
+        program,
+        plan,
+        {key: tensors[key] for key in rewritten.inputs},
+        rewritten.inputs,
+        frozenset(rewritten.constants),
+    )
+
+
+def _values(program: Program, found: Found) -> dict[str, Tensor]:
+    """The constants that the sites read, as far as they have values."""
+    known = set(program.tensors)
+    nodes = {n.name: n for n in program.graph.nodes}
+
+    def readable(name: str) -> bool:
+        stack = [nodes[name]]
+        while stack:
+            node = stack.pop()
+            if node.op == "placeholder" and node.name not in known:
+                return False
+            stack.extend(node.all_input_nodes)
+        return True
+
+    names = [name for name in constants_of(found.sites) if readable(name)]
+    with torch.no_grad():
+        return evaluate_constants(program, names, program.tensors)
+
+
+def _planning(options: Options) -> Planning:
+    return Planning(options.basis, options.basis_size, options.noise_budget, options.products)

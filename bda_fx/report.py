@@ -1,0 +1,173 @@
+"""The report: for every attention product what was done, or why not, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bda_fx.passes.sites import Plan, SitePlan, Skip
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention product.
+
+    ``params`` and ``macs_per_token`` count the K or V projection of the site (weight and bias; the
+    partner keeps its size), ``params_after`` including index tensors of a scattered basis.
+    ``noise`` is the predicted amplification of the site's own rounding noise, ``condition`` the
+    2-norm condition of the worst head's change of basis. Fields that do not apply are None.
+    """
+
+    name: str
+    product: str
+    status: str
+    reason: str | None = None
+    reason_code: str | None = None
+    node: str | None = None
+    contractions: tuple[str, ...] = ()
+    side: str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    decomposed: int | None = None
+    in_features: int | None = None
+    basis: str | None = None
+    basis_size: int | None = None
+    condition: float | None = None
+    noise: float | None = None
+    params_before: int | None = None
+    params_after: int | None = None
+    macs_per_token_before: int | None = None
+    macs_per_token_after: int | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rewrite did or would do. Bytes are those of the program's weights and constants."""
+
+    sites: tuple[SiteReport, ...]
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+    @property
+    def rewritten(self) -> tuple[SiteReport, ...]:
+        return tuple(s for s in self.sites if s.status == "rewritten")
+
+    @property
+    def skipped(self) -> tuple[SiteReport, ...]:
+        return tuple(s for s in self.sites if s.status == "skipped")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dumps``."""
+        return {
+            "sites": [asdict(s) for s in self.sites],
+            "rewritten": len(self.rewritten),
+            "skipped": len(self.skipped),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def to_markdown(self) -> str:
+        """A summary line and a table of all sites."""
+        lines = [self.summary(), ""]
+        if self.sites:
+            lines += ["| site | product | heads | D of E | basis | noise | condition | parameters |"]
+            lines += ["|---|---|---|---|---|---|---|---|"]
+        for s in self.sites:
+            if s.status == "skipped":
+                lines.append(f"| {s.name or s.contractions[0]} | {s.product} | skipped: {s.reason} |||||")
+                continue
+            heads = f"{s.heads}" if s.heads == s.kv_heads else f"{s.heads}/{s.kv_heads}"
+            lines.append(
+                f"| {s.name} | {s.product} | {heads} × {s.head_dim} | {s.decomposed} of {s.in_features} "
+                f"| {s.basis} {s.basis_size} | {s.noise:.2f} | {s.condition:.0f} "
+                f"| {s.params_before:,} → {s.params_after:,} |"
+            )
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line: how many products, and what the rewritten projections save."""
+        if not self.sites:
+            return "No attention product found in this program: nothing to rewrite."
+        before = sum(s.params_before or 0 for s in self.rewritten)
+        after = sum(s.params_after or 0 for s in self.rewritten)
+        text = f"{len(self.rewritten)} of {len(self.sites)} attention products rewritten"
+        if before:
+            text += f"; their K/V projections: {before:,} → {after:,} parameters"
+            text += f" ({100 * (after - before) / before:+.1f} %)"
+        if self.bytes_before and self.bytes_after:
+            text += f"; all weights: {self.bytes_before:,} → {self.bytes_after:,} bytes"
+        return text
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
+        for s in self.sites:
+            where = s.name or (s.contractions[0] if s.contractions else "?")
+            if s.status == "skipped":
+                lines.append(f"  - {s.product} {where}: skipped, {s.reason}")
+            else:
+                lines.append(
+                    f"  + {s.product} {where}: {s.kv_heads} heads × {s.decomposed}, basis {s.basis_size} "
+                    f"of {s.in_features}, noise {s.noise:.2f}"
+                )
+        return "\n".join(lines)
+
+
+def report_of(
+    plan: Plan,
+    derived: Mapping[str, Tensor] | None = None,
+    bytes_before: int | None = None,
+    bytes_after: int | None = None,
+) -> Report:
+    """The report of a plan; ``derived`` tells which index tensors the graph really needs."""
+    sites = [_rewritten(item, derived) for item in plan.sites] + [_skipped(s) for s in plan.skips]
+    return Report(tuple(sites), bytes_before, bytes_after)
+
+
+def _rewritten(item: SitePlan, derived: Mapping[str, Tensor] | None) -> SiteReport:
+    site = item.site
+    linear, features = site.linear, site.num_kv_heads * site.decomposed
+    before = features * linear.in_features
+    after = features * (linear.in_features - item.size)
+    bias = features if any(linear.biases) else 0
+    index = 0
+    if derived is not None:
+        index = sum(t.numel() for key, t in derived.items() if key.startswith(f"{item.basis}_"))
+    widths = [len(head) for p in site.partners for head in p.features]
+    return SiteReport(
+        name=linear.name,
+        product=site.product,
+        status="rewritten",
+        contractions=site.contractions,
+        side="kv",
+        heads=site.num_heads,
+        kv_heads=site.num_kv_heads,
+        head_dim=max(widths),
+        decomposed=site.decomposed,
+        in_features=linear.in_features,
+        basis=item.strategy,
+        basis_size=item.size,
+        condition=item.condition,
+        noise=item.noise,
+        params_before=before + bias,
+        params_after=after + bias + index,
+        macs_per_token_before=before,
+        macs_per_token_after=after,
+    )
+
+
+def _skipped(skip: Skip) -> SiteReport:
+    return SiteReport(
+        name=skip.name,
+        product=skip.product,
+        status="skipped",
+        reason=skip.explain(),
+        reason_code=skip.reason.name,
+        node=skip.node,
+        contractions=(skip.contraction,),
+        source=skip.source or None,
+    )

@@ -1,0 +1,298 @@
+"""Rewrite the graph: linears that take part read derived weights and add basis features.
+
+    y = linear(x, W, b)        →     x_B = x[rows],  x_R = x[rest]
+                                     y = linear(x_R, C, b') + [x_B | 0 | x_B | 0 …]   per head
+
+    y = linear(x, W, b)        →     y = linear(x, W', b')        for queries and output weights
+
+Requires: a plan for this graph. Leaves: the same outputs for transformed weights, in plain ATen
+(slice or index_select, linear, view, pad, add, cat); derived weights as new placeholders in
+front, in the order of the returned names; weights that nobody reads any more are reported as dead, not removed.
+Dimensions that were symbolic stay symbolic.
+
+Where the rows are known and contiguous, x_B and x_R are slices; else they are gathered with index
+tensors, which are inputs too, so that one graph can serve layers with different rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bda_fx.passes.canonicalize import Program
+from bda_fx.passes.emit_node import emit, fake_mode_of
+from bda_fx.passes.sites import Plan
+from bda_fx.passes.transform_weights import (
+    Form,
+    Piece,
+    basis_key,
+    bias_key,
+    forms_of,
+    weight_key,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Rewritten:
+    """Derived inputs of the new graph, in order: key of the tensor → placeholder name.
+
+    The tensors are those of ``Transformed``, and ``constants`` for the keys that depend on the plan
+    alone (index tensors of irregular layouts).
+    """
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+def rewrite_graph(
+    program: Program, plan: Plan, derived: Mapping[str, Tensor], *, fixed_rows: bool
+) -> Rewritten:
+    """Rewrite ``program`` in place. ``derived`` gives shapes and types of the derived tensors.
+
+    With ``fixed_rows`` the plan's rows are part of the graph (an exported program); without, they
+    are inputs (a compiled graph that serves many layers).
+    """
+    rewriter = _Rewriter(program.graph, derived, plan if fixed_rows else None)
+    nodes = {node.name: node for node in program.graph.nodes}
+    for form in forms_of(plan):
+        for name in form.linear.nodes:
+            rewriter.rewrite(nodes[name], form)
+    program.module.recompile()
+    return Rewritten(rewriter.inputs, rewriter.constants)
+
+
+class _Rewriter:
+    def __init__(self, graph: fx.Graph, derived: Mapping[str, Tensor], plan: Plan | None) -> None:
+        self.graph, self.derived = graph, dict(derived)
+        self.rows = {} if plan is None else {item.basis: item.rows for item in plan.sites}
+        self.inputs: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.gathered: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node | None]] = {}
+        self.nodes: dict[str, fx.Node] = {}
+        placeholders = graph.find_nodes(op="placeholder")
+        self.first_input, self.last_input = placeholders[0], placeholders[-1]
+        self.mode = fake_mode_of(graph)
+
+    def rewrite(self, node: fx.Node, form: Form) -> None:
+        x, bias = node.args[0], (*node.args, None)[2]
+        with self.graph.inserting_before(node):
+            parts = [self.piece(node, x, bias, form, at) for at in range(len(form.pieces))]
+            result = self.assemble(node, parts, form)
+        node.replace_all_uses_with(result)
+        result.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "spelled_as")})
+        self.graph.erase_node(node)
+
+    def piece(self, node: fx.Node, x: Any, bias: Any, form: Form, at: int) -> fx.Node:
+        piece = form.pieces[at]
+        extra = [] if bias is None else [self.input(bias_key(form, at, bias.name))]
+        if piece.basis is None:
+            weight = self.input(weight_key(form, at))
+            return emit(self.graph, aten.linear.default, x, weight, *extra, like=node)
+        basis, rest = self.gather(node, x, piece, form.linear.in_features)
+        identity, groups, width = self.spread(node, basis, piece)
+        if rest is None:
+            whole = self.repeat(node, identity, groups, width)
+            return emit(self.graph, aten.add.Tensor, whole, *extra, like=node) if extra else whole
+        weight = self.input(weight_key(form, at))
+        y = emit(self.graph, aten.linear.default, rest, weight, *extra, like=node)
+        if groups == 1:
+            return emit(self.graph, aten.add.Tensor, y, identity, like=node)
+        grouped = self.split_last(node, y, (groups, width))
+        total = emit(self.graph, aten.add.Tensor, grouped, identity, like=node)
+        return self.split_last(node, total, (groups * width,), drop=2)
+
+    # -- the basis features -------------------------------------------------------------------
+
+    def gather(
+        self, node: fx.Node, x: fx.Node, piece: Piece, in_features: int
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """x_B and x_R (None where r = E), once for every reader of x on this basis."""
+        assert piece.basis is not None
+        key = (x, piece.basis)
+        if key not in self.gathered:
+            self.gathered[key] = self.gather_after(node, x, piece, in_features)
+        return self.gathered[key]
+
+    def gather_after(
+        self, node: fx.Node, x: fx.Node, piece: Piece, in_features: int
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """Placed right after x, so that every reader of x can share it."""
+        axis, size = x.meta["val"].dim() - 1, piece.size
+        if size == in_features:
+            return x, None
+        basis = piece.basis or ""
+        rows = self.rows.get(basis)
+        if rows is not None and rows[-1] - rows[0] == size - 1:
+            anchor = _Anchor(self.graph, x if x.op != "placeholder" else self.last_input, node)
+            start, end = rows[0], rows[0] + size
+            window = anchor.emit(aten.slice.Tensor, x, axis, start, end)
+            ends = [(0, start), (end, in_features)]
+            sides = [anchor.emit(aten.slice.Tensor, x, axis, a, b) for a, b in ends if a < b]
+            rest = sides[0] if len(sides) == 1 else anchor.emit(aten.cat.default, sides, axis)
+            return window, rest
+        index = [self.input(basis_key(basis, part)) for part in ("rows", "rest")]
+        anchor = _Anchor(self.graph, x if x.op != "placeholder" else self.last_input, node)
+        gathered = [anchor.emit(aten.index_select.default, x, axis, i) for i in index]
+        return gathered[0], gathered[1]
+
+    def spread(self, node: fx.Node, basis: fx.Node, piece: Piece) -> tuple[fx.Node, int, int]:
+        """The identity part for every head: (…, groups or 1, width), groups, width.
+
+        The slots of a piece repeat with a period of ``width`` features: [x_B | 0] once for each
+        product that shares the basis. It is built once and broadcast over the groups.
+        """
+        slots, width = piece.slots, _period(piece.slots)
+        groups = len(slots) // width
+        axis = basis.meta["val"].dim() - 1
+        runs: list[fx.Node] = []
+        at = 0
+        while at < width:
+            end = at + 1
+            if slots[at] < 0:
+                while end < width and slots[end] < 0:
+                    end += 1
+                runs[-1:] = [self.pad(node, runs[-1], end - at)] if runs else []
+                if not runs:
+                    return self.spread_by_index(node, basis, piece)
+            else:
+                while end < width and slots[end] == slots[end - 1] + 1:
+                    end += 1
+                first, last = slots[at], slots[end - 1] + 1
+                run = basis
+                if (first, last) != (0, piece.size):
+                    run = emit(self.graph, aten.slice.Tensor, basis, axis, first, last, like=node)
+                runs.append(run)
+            at = end
+            if len(runs) > 4:
+                return self.spread_by_index(node, basis, piece)
+        whole = runs[0]
+        if len(runs) > 1:
+            whole = emit(self.graph, aten.cat.default, runs, axis, like=node)
+        if groups > 1:
+            whole = emit(self.graph, aten.unsqueeze.default, whole, axis, like=node)
+        return whole, groups, width
+
+    def spread_by_index(
+        self, node: fx.Node, basis: fx.Node, piece: Piece
+    ) -> tuple[fx.Node, int, int]:
+        """Any order of slots: pick each feature's basis feature, or an appended zero."""
+        axis, width = basis.meta["val"].dim() - 1, len(piece.slots)
+        picks = [piece.size if slot < 0 else slot for slot in piece.slots]
+        order = self.constant(f"{piece.basis}_slots", torch.tensor(picks, device=device_of(basis)))
+        padded = self.pad(node, basis, 1)
+        return emit(self.graph, aten.index_select.default, padded, axis, order, like=node), 1, width
+
+    # -- putting the output together ----------------------------------------------------------
+
+    def assemble(self, node: fx.Node, parts: list[fx.Node], form: Form) -> fx.Node:
+        """Pieces back in the order of the original output features."""
+        if len(parts) == 1:
+            return parts[0]
+        total = form.linear.out_features
+        owner = [0] * total
+        for at, piece in enumerate(form.pieces):
+            for feature in piece.features:
+                owner[feature] = at
+        period = _period(tuple(owner))
+        order = list(dict.fromkeys(owner[:period]))
+        runs = sum(a != b for a, b in zip(owner[:period], owner[1:period], strict=False)) + 1
+        axis = node.meta["val"].dim() - 1
+        if runs == len(order):
+            groups = total // period
+            if groups == 1:
+                return emit(self.graph, aten.cat.default, [parts[o] for o in order], axis, like=node)
+            split = [
+                self.split_last(node, parts[o], (groups, len(form.pieces[o].features) // groups))
+                for o in order
+            ]
+            joined = emit(self.graph, aten.cat.default, split, axis + 1, like=node)
+            return self.split_last(node, joined, (total,), drop=2)
+        joined = emit(self.graph, aten.cat.default, parts, axis, like=node)
+        placed = [feature for piece in form.pieces for feature in piece.features]
+        where = [0] * total
+        for at, feature in enumerate(placed):
+            where[feature] = at
+        order_tensor = torch.tensor(where, device=device_of(joined))
+        index = self.constant(f"{form.linear.name}_order", order_tensor)
+        return emit(self.graph, aten.index_select.default, joined, axis, index, like=node)
+
+    # -- small pieces -------------------------------------------------------------------------
+
+    def input(self, key: str) -> fx.Node:
+        """The placeholder of a derived tensor, made at first use."""
+        if key not in self.nodes:
+            like = self.derived[key]
+            with self.graph.inserting_before(self.first_input):
+                node = self.graph.placeholder("bda_" + "".join(c if c.isalnum() else "_" for c in key))
+            if self.mode is None:
+                node.meta["val"] = like
+            else:
+                with self.mode:
+                    node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            self.nodes[key] = node
+            self.inputs[key] = node.name
+        return self.nodes[key]
+
+    def constant(self, key: str, value: Tensor) -> fx.Node:
+        """The placeholder of an index tensor that the plan alone determines."""
+        self.constants[key] = self.derived[key] = value
+        return self.input(key)
+
+    def pad(self, node: fx.Node, x: fx.Node, width: int) -> fx.Node:
+        return emit(self.graph, aten.constant_pad_nd.default, x, [0, width], like=node)
+
+    def repeat(self, node: fx.Node, identity: fx.Node, groups: int, width: int) -> fx.Node:
+        if groups == 1:
+            return identity
+        shape = [*self.lead(node, identity, 2), groups, width]
+        spread = emit(self.graph, aten.expand.default, identity, shape, like=node)
+        copied = emit(
+            self.graph, aten.clone.default, spread, like=node, memory_format=torch.contiguous_format
+        )
+        return self.split_last(node, copied, (groups * width,), drop=2)
+
+    def split_last(self, node: fx.Node, x: fx.Node, sizes: tuple[int, ...], drop: int = 1) -> fx.Node:
+        """View x with its last ``drop`` dimensions replaced by ``sizes``."""
+        shape = [*self.lead(node, x, drop), *sizes]
+        return emit(self.graph, aten.view.default, x, shape, like=node)
+
+    def lead(self, node: fx.Node, x: fx.Node, drop: int) -> list[Any]:
+        """Sizes of x but for the last ``drop``; symbolic ones as ``sym_size`` nodes."""
+        sizes = x.meta["val"].shape[: x.meta["val"].dim() - drop]
+        return [
+            emit(self.graph, aten.sym_size.int, x, i, like=node)
+            if isinstance(s, torch.SymInt)
+            else s
+            for i, s in enumerate(sizes)
+        ]
+
+
+class _Anchor:
+    """Emits nodes one after the other behind a given node."""
+
+    def __init__(self, graph: fx.Graph, after: fx.Node, like: fx.Node) -> None:
+        self.graph, self.after, self.like = graph, after, like
+
+    def emit(self, target: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_after(self.after):
+            self.after = emit(self.graph, target, *args, like=self.like)
+        return self.after
+
+
+def device_of(node: fx.Node) -> torch.device:
+    return node.meta["val"].device  # type: ignore[no-any-return]
+
+
+def _period(pattern: tuple[int, ...]) -> int:
+    """Smallest p that divides the length and with which the pattern repeats."""
+    size = len(pattern)
+    for p in range(1, size + 1):
+        if size % p == 0 and pattern == pattern[:p] * (size // p):
+            return p
+    return size
