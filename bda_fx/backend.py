@@ -1,0 +1,175 @@
+"""``torch.compile(model, backend="bda")``: rewrite each Dynamo graph, hand it to the inner compiler.
+
+Weights enter a Dynamo graph as inputs and one compiled graph serves several modules, so the derived
+weights are inputs of the inner graph too, looked up per call (``derived_weights``). The basis size
+belongs to the graph; basis rows are inputs. Whatever goes wrong, the original graph is compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bda_fx.derived_weights import DerivedWeights
+from bda_fx.options import Options
+from bda_fx.passes.canonicalize import canonicalize_dynamo
+from bda_fx.passes.plan_sites import MAX_RESIDUAL
+from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.pipeline import Outcome, StepError, step, transform
+from bda_fx.report import report_of
+
+log = logging.getLogger("bda_fx")
+Compiled = Callable[..., Any]
+
+
+def bda_backend(
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend. ``options`` are :class:`bda_fx.Options` or a dict of them, ``mode`` Inductor's.
+
+    Raises:
+        OptionError: an unknown option or a bad value.
+        StepError: with ``strict=True``, when a step of the pipeline fails.
+    """
+    chosen = Options.of(options)
+    inner = _inner_compiler(chosen, mode)
+    trainable = [x for x in example_inputs if isinstance(x, nn.Parameter) and x.requires_grad]
+    if torch.is_grad_enabled() and trainable:
+        _warn_once(
+            "bda_fx: grad mode is on and parameters require grad, so the original model is "
+            "compiled. Call it under torch.no_grad() or torch.inference_mode() to use BD attention."
+        )
+        return inner(module, example_inputs)
+    try:
+        with step("canonicalize"):
+            program = canonicalize_dynamo(module, example_inputs)
+        outcome = transform(program, chosen, fixed_rows=False)
+        log.info("%s", report_of(outcome.plan))
+        if not outcome.plan.sites:
+            return inner(module, example_inputs)
+        with step("compile"):
+            return _compile(outcome, module, example_inputs, chosen, inner)
+    except StepError as error:
+        if chosen.strict:
+            raise
+        warnings.warn(f"{error}. The original graph is compiled instead.", stacklevel=2)
+        return inner(module, example_inputs)
+
+
+def _compile(
+    outcome: Outcome,
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    inner: Callable[[fx.GraphModule, list[Any]], Compiled],
+) -> Compiled:
+    """Compile the rewritten graph and wrap it with the look-up of its derived weights."""
+    graph = outcome.program.graph
+    originals = graph.find_nodes(op="placeholder")[len(outcome.inputs) :]
+    live = [at for at, node in enumerate(originals) if node.users]
+    names = {node.name: at for at, node in enumerate(originals)}
+    for node in originals:
+        if not node.users:
+            graph.erase_node(node)
+    outcome.program.module.recompile()
+    derived_examples = [n.meta["val"] for n in graph.find_nodes(op="placeholder")][
+        : len(outcome.inputs)
+    ]
+    compiled = inner(outcome.program.module, derived_examples + [example_inputs[i] for i in live])
+
+    assert outcome.constants is not None
+    weights = [names[root] for root in outcome.constants.roots]
+    derived_weights = DerivedWeights(_derivation(outcome, options))
+    original = _Original(module, options)
+
+    def call(*args: Any) -> Any:
+        parameters = [args[i] for i in weights]
+        if any(p.is_inference() for p in parameters):
+            return original("parameters made under inference_mode have no version counter", args)
+        derived = derived_weights.lookup(parameters)
+        if derived is None:
+            return original("these weights do not meet the noise budget at the graph's size", args)
+        return compiled(*derived, *[args[i] for i in live])
+
+    call.derived_weights = derived_weights  # type: ignore[attr-defined]
+    return call
+
+
+def _derivation(
+    outcome: Outcome, options: Options
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
+    """From one module's parameters to the derived inputs of the graph, or None if they are unfit."""
+    plan, constants = outcome.plan, outcome.constants
+    assert constants is not None
+    fixed = {key: outcome.tensors[key] for key in outcome.fixed}
+    order = tuple(outcome.inputs)
+    budget = options.noise_budget if options.basis_size == "auto" else float("inf")
+
+    def compute(parameters: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        values = constants.evaluate(dict(zip(constants.roots, parameters, strict=True)))
+        if not all(value.isfinite().all() for value in values.values()):
+            return None
+        transformed = transform_weights(plan, values, use_planned_rows=False)
+        quiet = all(noise <= budget for noise in transformed.noise)
+        if not quiet or any(residual > MAX_RESIDUAL for residual in transformed.residual):
+            return None
+        tensors = {**transformed.tensors, **fixed}
+        return tuple(tensors[key] for key in order)
+
+    return compute
+
+
+class _Original:
+    """The original graph, compiled at its first use: for modules that the rewritten one cannot serve."""
+
+    def __init__(self, module: fx.GraphModule, options: Options) -> None:
+        self.module, self.options = module, options
+        self.compiled: Compiled | None = None
+
+    def __call__(self, why: str, args: tuple[Any, ...]) -> Any:
+        if self.compiled is None:
+            log.warning("bda_fx: %s; the original graph runs instead", why)
+            self.compiled = torch.compile(self.module, backend=self.options.inner, **self.settings())
+        return self.compiled(*args)
+
+    def settings(self) -> dict[str, Any]:
+        inductor = self.options.inner == "inductor"
+        return {"options": dict(self.options.inner_options)} if inductor else {}
+
+
+def _inner_compiler(
+    options: Options, mode: str | None
+) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    """The compiler for the rewritten (or the original) graph."""
+    if options.inner == "eager":
+        return lambda module, _: module.forward
+    if options.inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        return lambda module, inputs: compile_fx(module, inputs, config_patches=patches or None)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(options.inner)
+
+
+_warned: set[Any] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn once for each compiled frame, however often it is recompiled."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    key = (text, compile_id.frame_id if compile_id else None)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(text, stacklevel=3)

@@ -1,0 +1,130 @@
+"""Derived weights of compiled graphs: computed from parameters, found per call, never stale.
+
+One compiled graph serves many modules, so the derived weights cannot be constants of it. They are
+looked up at each call by the parameters that they come from, and recomputed when these change:
+
+* another Parameter object: its identity is the key;
+* an in-place change, an optimizer step, ``load_state_dict``: the version counter moved;
+* ``p.data = t``: identity and version stay, but the storage is another one;
+* ``p.data += d`` (what LoRA merges do): nothing that PyTorch keeps moves. For CPU parameters a few
+  elements of each are compared at every call, which catches any change that is not confined to
+  others; for other devices, and to be certain, call :func:`invalidate` after such a write.
+
+Entries hold parameters weakly and vanish with them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+PROBES = 8
+"""Elements of each CPU parameter that are compared at every call."""
+
+_epoch = 0
+
+
+def invalidate() -> None:
+    """Forget all derived weights; they are recomputed at the next call of each compiled model.
+
+    Needed after a write that PyTorch does not record (``p.data.mul_(2)``, a write through NumPy or
+    a kernel of one's own). Cheap; safe from any thread.
+    """
+    global _epoch
+    _epoch += 1
+
+
+@dataclass
+class _Entry:
+    epoch: int
+    parameters: tuple[Any, ...]
+    state: list[tuple[int, int, int]]
+    storages: list[StorageWeakRef]
+    """Weak, but keep the address of a freed storage from being taken by another one."""
+    probes: list[tuple[list[Tensor], Tensor]]
+    derived: Any
+
+
+class DerivedWeights:
+    """Derived tensors of one compiled graph, by the parameters they are computed from."""
+
+    def __init__(self, compute: Callable[[Sequence[Tensor]], Any]) -> None:
+        self.compute = compute
+        self.entries: dict[tuple[int, ...], _Entry] = {}
+        self.lock = threading.RLock()
+
+    def lookup(self, parameters: Sequence[Tensor]) -> Any:
+        """What ``compute(parameters)`` gives, computed anew only when a parameter changed."""
+        key = tuple(map(id, parameters))
+        entry = self.entries.get(key)
+        if entry is not None and self.fresh(entry, parameters):
+            return entry.derived
+        with self.lock:
+            entry = self.entries.get(key)
+            if entry is None or not self.fresh(entry, parameters):
+                entry = self.entries[key] = self.make(key, parameters)
+            return entry.derived
+
+    @staticmethod
+    def fresh(entry: _Entry, parameters: Sequence[Tensor]) -> bool:
+        if entry.epoch != _epoch or _state(parameters) != entry.state:
+            return False
+        if any(ref() is not p for ref, p in zip(entry.parameters, parameters, strict=True)):
+            return False
+        return all(torch.equal(torch.cat(views), seen) for views, seen in entry.probes)
+
+    def make(self, key: tuple[int, ...], parameters: Sequence[Tensor]) -> _Entry:
+        entries = weakref.ref(self)
+
+        def drop(_: Any) -> None:
+            owner = entries()
+            if owner is not None:
+                owner.entries.pop(key, None)
+
+        # State first: a change that races with the computation is then seen at the next call.
+        state = _state(parameters)
+        with torch.inference_mode(False), torch.no_grad():
+            probes = _probes(parameters)
+            derived = self.compute(parameters)
+        return _Entry(
+            _epoch,
+            tuple(weakref.ref(p, drop) for p in parameters),
+            state,
+            [StorageWeakRef(p.untyped_storage()) for p in parameters],
+            probes,
+            derived,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in derived tensors."""
+        total = 0
+        for entry in list(self.entries.values()):
+            for value in entry.derived or ():
+                total += value.numel() * value.element_size()
+        return total
+
+
+def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [(p._version, p.data_ptr(), p.untyped_storage()._cdata) for p in parameters]
+
+
+def _probes(parameters: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Views of a few elements spread over each CPU parameter, by dtype, and their values now."""
+    views: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        dense = p.layout is torch.strided and p.is_contiguous()
+        if p.device.type == "cpu" and dense and p.numel() > 0:
+            # An odd step walks through the columns instead of down one of them.
+            step = max(1, (p.numel() - 1) // PROBES) | 1
+            count = min(PROBES, (p.numel() - 1) // step + 1)
+            view = p.detach().as_strided((count,), (step,), p.storage_offset())
+            views.setdefault(p.dtype, []).append(view)
+    return [(v, torch.cat(v)) for v in views.values()]

@@ -1,0 +1,139 @@
+"""The wheel holds every module once, and the wheel's own copy is what gets imported.
+
+`passes/` is packed as `bda_fx.passes`, and `bda_fx/passes` links to it: a layout that could be
+packed twice, or not at all.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+class Packed(NamedTuple):
+    checkout: Path  # a copy of the sources, with nothing built in it
+    from_checkout: Path  # the wheel built there
+    from_sdist: Path  # the wheel built from the sdist built there
+    python: Path  # of a venv with from_checkout installed, and torch of this environment
+
+
+def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def python_json(python: Path | str, code: str, *, cwd: Path, isolated: bool) -> object:
+    flags = ["-I"] if isolated else []
+    return json.loads(run(python, *flags, "-c", f"import json\n{code}", cwd=cwd).stdout)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    home = tmp_path_factory.mktemp("packaging")
+    checkout = home / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    for name in ("bda_fx", "passes"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignored)
+
+    # The sdist first: the wheel leaves a build folder behind.
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--outdir", home / "sdist", cwd=checkout)
+    run(*build, "--wheel", "--outdir", home / "wheel", cwd=checkout)
+    (from_sdist,) = (home / "sdist").glob("*.whl")
+    (from_checkout,) = (home / "wheel").glob("*.whl")
+
+    # The new venv must not see the bda_fx of this one (an editable install), but its torch. A path
+    # file does it: its folders come after the venv's own, and path files in them are not read. pip
+    # must have installed the wheel by then, lest it take the other copy for an older installation.
+    venv = home / "venv"
+    run(sys.executable, "-m", "venv", venv, cwd=home)
+    layout = sysconfig.get_paths("venv", vars={"base": str(venv), "platbase": str(venv)})
+    python = Path(layout["scripts"]) / Path(sys.executable).name
+    run(python, "-m", "pip", "install", "--no-index", "--no-deps", from_checkout, cwd=home)
+    torch_home = Path(torch.__file__).parents[1]
+    Path(layout["purelib"], "torch.pth").write_text(f"{torch_home}\n")
+    return Packed(checkout, from_checkout, from_sdist, python)
+
+
+def test_the_wheel_holds_every_module_once(packed: Packed) -> None:
+    with zipfile.ZipFile(packed.from_checkout) as wheel:
+        names = wheel.namelist()
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    packages = [name for name in names if ".dist-info" not in PurePosixPath(name).parts[0]]
+    modules = [path.relative_to(ROOT) for path in ROOT.glob("bda_fx/*.py")]
+    passes = [Path("bda_fx", path.relative_to(ROOT)) for path in ROOT.glob("passes/*.py")]
+    expected = [path.as_posix() for path in [*modules, *passes, Path("bda_fx/py.typed")]]
+    assert sorted(packages) == sorted(expected)
+
+
+def test_the_sdist_makes_the_same_wheel(packed: Packed) -> None:
+    def contents(path: Path) -> dict[str, int]:
+        with zipfile.ZipFile(path) as wheel:
+            return {entry.filename: entry.CRC for entry in wheel.infolist()}
+
+    assert contents(packed.from_sdist) == contents(packed.from_checkout)
+
+
+def test_the_installed_wheel_is_what_gets_imported(packed: Packed) -> None:
+    code = (
+        "import bda_fx, bda_fx.passes\n"
+        "print(json.dumps([bda_fx.__version__, bda_fx.__file__, bda_fx.passes.__file__]))"
+    )
+    version, *files = python_json(packed.python, code, cwd=packed.checkout, isolated=True)
+    assert version == packed.from_checkout.name.split("-")[1]
+    site = Path(files[0]).parents[1]
+    assert site.is_relative_to(packed.python.parents[1])
+    assert files == [str(site / "bda_fx/__init__.py"), str(site / "bda_fx/passes/__init__.py")]
+
+
+def test_the_entry_point_makes_bda_a_backend(packed: Packed) -> None:
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "from torch._dynamo.backends.registry import list_backends, lookup_backend\n"
+        "(bda,) = entry_points(group='torch_dynamo_backends', name='bda')\n"
+        "found = lookup_backend('bda')\n"
+        "print(json.dumps([str(bda.dist.locate_file('')), bda.value, 'bda' in list_backends(),\n"
+        "                  found.__module__ + ':' + found.__name__]))"
+    )
+    site, value, listed, found = python_json(
+        packed.python, code, cwd=packed.checkout, isolated=True
+    )
+    assert Path(site).is_relative_to(packed.python.parents[1])
+    assert value == found == "bda_fx.backend:bda_backend"
+    assert listed
+
+
+def test_a_bare_checkout_imports_by_the_link(packed: Packed) -> None:
+    assert os.readlink(packed.checkout / "bda_fx/passes") == os.path.join("..", "passes")
+    code = "import bda_fx.passes\nprint(json.dumps([bda_fx.__file__, bda_fx.passes.__file__]))"
+    home = packed.checkout / "bda_fx"
+    assert python_json(sys.executable, code, cwd=packed.checkout, isolated=False) == [
+        str(home / "__init__.py"),
+        str(home / "passes/__init__.py"),
+    ]
+
+
+def test_passes_refuses_any_other_name(packed: Packed) -> None:
+    done = run(sys.executable, "-c", "import passes", cwd=packed.checkout, check=False)
+    assert done.returncode == 1
+    assert "ImportError: this package is bda_fx.passes, but was imported as 'passes'" in done.stderr
+    assert "import bda_fx.passes" in done.stderr
+    assert "pip install -e ." in done.stderr
