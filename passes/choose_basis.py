@@ -133,7 +133,7 @@ def _prepare(heads: Tensor) -> _Heads:
         y = y @ (axes * torch.where(kept, energy, torch.inf).rsqrt().unsqueeze(1))
     rank = kept.sum(1)
     y, rank = y[rank > 0], rank[rank > 0].double()
-    sizes = y.square().sum(-1) + SHORT_ROW * rank.unsqueeze(1) / heads.shape[1]
+    sizes = y.square().sum(-1).maximum(SHORT_ROW * rank.unsqueeze(1) / heads.shape[1])
     return _Heads(y, sizes, rank)
 
 

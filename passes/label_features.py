@@ -266,7 +266,7 @@ class _Labeller:
         if not (ids >= 0).any():
             return features, rows
         firsts = torch.tensor([s.first for s in self.sources])
-        which = torch.bucketize(ids, firsts, right=True) - 1
+        which = torch.bucketize(ids.contiguous(), firsts, right=True) - 1
         for index in which[ids >= 0].unique().tolist():
             source = self.sources[index]
             mask = (which == index) & (ids >= 0)

@@ -19,8 +19,9 @@ rounding of the weights, so leave it off.
 Measured over predicted, all K and V sites of MiniLM-L6 and rxnfp on white inputs, pivoted basis of
 D, 15/16 D and 7/8 D rows: float32 0.93 … 0.99 and 0.73 … 1.02 (rxnfp sums over up to a quarter
 fewer terms than before, and float32's noise is mostly that of summation); bf16 0.84 … 1.12. bf16
-with exact weights, over √2 times the prediction: K 0.96 … 1.05, V 0.66 … 0.91, which errs on the safe
-side (V's product is also averaged over tokens). On nearly singular bases in bf16 nothing predicts.
+with exact weights, over √2 times the prediction: K 0.96 … 1.05, V 0.66 … 0.91, which errs on the
+safe side (V's product is also averaged over tokens). On nearly singular bases in bf16 nothing
+predicts.
 """
 
 from __future__ import annotations

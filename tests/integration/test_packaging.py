@@ -13,7 +13,7 @@ import sysconfig
 import zipfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Packed(NamedTuple):
-    checkout: Path  # a copy of the sources, with nothing built in it
-    from_checkout: Path  # the wheel built there
+    from_checkout: Path  # the wheel built in a checkout
     from_sdist: Path  # the wheel built from the sdist built there
     python: Path  # of a venv with from_checkout installed, and torch of this environment
 
@@ -37,22 +36,26 @@ def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.Compl
     return done
 
 
-def python_json(python: Path | str, code: str, *, cwd: Path, isolated: bool) -> object:
+def python_json(python: Path | str, code: str, *, cwd: Path, isolated: bool) -> Any:
     flags = ["-I"] if isolated else []
     return json.loads(run(python, *flags, "-c", f"import json\n{code}", cwd=cwd).stdout)
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    home = tmp_path_factory.mktemp("packaging")
-    checkout = home / "checkout"
-    checkout.mkdir()
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that nothing is built in the real ones."""
+    copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, checkout)
+        shutil.copy(ROOT / name, copy)
     for name in ("bda_fx", "passes"):
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignored)
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    return copy
 
+
+@pytest.fixture(scope="module")
+def packed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    home = tmp_path_factory.mktemp("packed")
     # The sdist first: the wheel leaves a build folder behind.
     build = (sys.executable, "-m", "build", "--no-isolation")
     run(*build, "--outdir", home / "sdist", cwd=checkout)
@@ -70,16 +73,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     run(python, "-m", "pip", "install", "--no-index", "--no-deps", from_checkout, cwd=home)
     torch_home = Path(torch.__file__).parents[1]
     Path(layout["purelib"], "torch.pth").write_text(f"{torch_home}\n")
-    return Packed(checkout, from_checkout, from_sdist, python)
+    return Packed(from_checkout, from_sdist, python)
 
 
-def test_the_wheel_holds_every_module_once(packed: Packed) -> None:
+def test_the_wheel_holds_every_module_once(packed: Packed, checkout: Path) -> None:
     with zipfile.ZipFile(packed.from_checkout) as wheel:
         names = wheel.namelist()
     assert [name for name, count in Counter(names).items() if count > 1] == []
     packages = [name for name in names if ".dist-info" not in PurePosixPath(name).parts[0]]
-    modules = [path.relative_to(ROOT) for path in ROOT.glob("bda_fx/*.py")]
-    passes = [Path("bda_fx", path.relative_to(ROOT)) for path in ROOT.glob("passes/*.py")]
+    modules = [path.relative_to(checkout) for path in checkout.glob("bda_fx/*.py")]
+    passes = [Path("bda_fx", path.relative_to(checkout)) for path in checkout.glob("passes/*.py")]
     expected = [path.as_posix() for path in [*modules, *passes, Path("bda_fx/py.typed")]]
     assert sorted(packages) == sorted(expected)
 
@@ -92,19 +95,19 @@ def test_the_sdist_makes_the_same_wheel(packed: Packed) -> None:
     assert contents(packed.from_sdist) == contents(packed.from_checkout)
 
 
-def test_the_installed_wheel_is_what_gets_imported(packed: Packed) -> None:
+def test_the_installed_wheel_is_what_gets_imported(packed: Packed, checkout: Path) -> None:
     code = (
         "import bda_fx, bda_fx.passes\n"
         "print(json.dumps([bda_fx.__version__, bda_fx.__file__, bda_fx.passes.__file__]))"
     )
-    version, *files = python_json(packed.python, code, cwd=packed.checkout, isolated=True)
+    version, *files = python_json(packed.python, code, cwd=checkout, isolated=True)
     assert version == packed.from_checkout.name.split("-")[1]
     site = Path(files[0]).parents[1]
     assert site.is_relative_to(packed.python.parents[1])
     assert files == [str(site / "bda_fx/__init__.py"), str(site / "bda_fx/passes/__init__.py")]
 
 
-def test_the_entry_point_makes_bda_a_backend(packed: Packed) -> None:
+def test_the_entry_point_makes_bda_a_backend(packed: Packed, checkout: Path) -> None:
     code = (
         "from importlib.metadata import entry_points\n"
         "from torch._dynamo.backends.registry import list_backends, lookup_backend\n"
@@ -113,26 +116,24 @@ def test_the_entry_point_makes_bda_a_backend(packed: Packed) -> None:
         "print(json.dumps([str(bda.dist.locate_file('')), bda.value, 'bda' in list_backends(),\n"
         "                  found.__module__ + ':' + found.__name__]))"
     )
-    site, value, listed, found = python_json(
-        packed.python, code, cwd=packed.checkout, isolated=True
-    )
+    site, value, listed, found = python_json(packed.python, code, cwd=checkout, isolated=True)
     assert Path(site).is_relative_to(packed.python.parents[1])
     assert value == found == "bda_fx.backend:bda_backend"
     assert listed
 
 
-def test_a_bare_checkout_imports_by_the_link(packed: Packed) -> None:
-    assert os.readlink(packed.checkout / "bda_fx/passes") == os.path.join("..", "passes")
+def test_a_bare_checkout_imports_by_the_link(checkout: Path) -> None:
+    assert os.readlink(checkout / "bda_fx/passes") == os.path.join("..", "passes")
     code = "import bda_fx.passes\nprint(json.dumps([bda_fx.__file__, bda_fx.passes.__file__]))"
-    home = packed.checkout / "bda_fx"
-    assert python_json(sys.executable, code, cwd=packed.checkout, isolated=False) == [
+    home = checkout / "bda_fx"
+    assert python_json(sys.executable, code, cwd=checkout, isolated=False) == [
         str(home / "__init__.py"),
         str(home / "passes/__init__.py"),
     ]
 
 
-def test_passes_refuses_any_other_name(packed: Packed) -> None:
-    done = run(sys.executable, "-c", "import passes", cwd=packed.checkout, check=False)
+def test_passes_refuses_any_other_name(checkout: Path) -> None:
+    done = run(sys.executable, "-c", "import passes", cwd=checkout, check=False)
     assert done.returncode == 1
     assert "ImportError: this package is bda_fx.passes, but was imported as 'passes'" in done.stderr
     assert "import bda_fx.passes" in done.stderr

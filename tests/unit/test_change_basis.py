@@ -1,0 +1,246 @@
+"""change_basis: both products unchanged in float64, deficient heads, errors, BD of a product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bda_fx.passes.change_basis import (
+    ChangeOfBasis,
+    change_basis,
+    decompose_product_columns,
+    decompose_product_rows,
+    transform_output_side,
+    transform_query_side,
+)
+from bda_fx.passes.choose_basis import STRATEGIES, choose_basis
+from tests.tolerances import FLOAT64_IDENTITY, identity
+
+# G key/value heads, H query heads, E inputs, D features
+SHAPES = [(1, 1, 12, 8), (3, 3, 37, 16), (2, 6, 23, 7), (1, 4, 40, 8), (2, 2, 8, 8), (2, 4, 6, 9)]
+TOKENS, QUERY_WIDTH, OUT_WIDTH = 11, 13, 17
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sizes_for(e: int, d: int) -> list[int]:
+    return sorted({s for s in (1, d // 2, d * 7 // 8, d) if 1 <= s <= min(d, e)} | {min(d, e)})
+
+
+def naive_scores(
+    x: Tensor, y: Tensor, w: Tensor, b: Tensor, u: Tensor, a: Tensor, groups: Tensor
+) -> list[Tensor]:
+    """[S, T] scores of each query head, head by head."""
+    return [(y @ u[i] + a[i]) @ (x @ w[g] + b[g]).T for i, g in enumerate(groups.tolist())]
+
+
+def naive_values(x: Tensor, w: Tensor, b: Tensor, o: Tensor, groups: Tensor) -> list[Tensor]:
+    """[T, F] each query head's V O, before attention mixes the tokens."""
+    return [(x @ w[g] + b[g]) @ o[i] for i, g in enumerate(groups.tolist())]
+
+
+def projected(x: Tensor, change: ChangeOfBasis, g: int) -> Tensor:
+    """K' = [x_B | 0] + x_R C + b', [T, D]."""
+    out = x[:, change.rest] @ change.coefficients[g]
+    out[:, : len(change.rows)] += x[:, change.rows]
+    return out if change.bias is None else out + change.bias[g]
+
+
+def assert_close(got: Tensor, expected: Tensor, factors: float, condition: float) -> None:
+    """Error relative to the norms of the factors, as the product itself may cancel."""
+    assert float((got - expected).norm()) <= identity(condition) * factors
+
+
+def assert_products_unchanged(heads: Tensor, bias: Tensor, rows: Tensor, groups: Tensor) -> None:
+    _, e, d = heads.shape
+    h = len(groups)
+    x, y = randn(TOKENS, e, seed=1), randn(5, QUERY_WIDTH, seed=2)
+    u, a = randn(h, QUERY_WIDTH, d, seed=3), randn(h, d, seed=4)
+    o = randn(h, d, OUT_WIDTH, seed=5)
+    change = change_basis(heads, rows, bias)
+    assert change.residual <= identity(change.condition)
+    moved_u, moved_a = transform_query_side(u, a, change, groups)
+    moved_o = transform_output_side(o, change, groups)
+    scores = naive_scores(x, y, heads, bias, u, a, groups)
+    values = naive_values(x, heads, bias, o, groups)
+    for i, group in enumerate(groups.tolist()):
+        key = projected(x, change, group)
+        query = y @ moved_u[i] + moved_a[i]
+        size = float((y @ u[i] + a[i]).norm() * (x @ heads[group] + bias[group]).norm())
+        assert_close(query @ key.T, scores[i], size, change.condition)
+        size = float((x @ heads[group] + bias[group]).norm() * o[i].norm())
+        assert_close(key @ moved_o[i], values[i], size, change.condition)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("g", "h", "e", "d"), SHAPES)
+def test_both_products_are_unchanged(strategy, g, h, e, d):
+    heads, bias = randn(g, e, d, seed=0), randn(g, d, seed=9)
+    groups = torch.arange(h) // (h // g)
+    for size in sizes_for(e, d):
+        assert_products_unchanged(heads, bias, choose_basis(heads, size, strategy), groups)
+
+
+def test_groups_may_come_in_any_order():
+    heads, bias = randn(3, 37, 8, seed=0), randn(3, 8, seed=9)
+    groups = torch.tensor([2, 0, 1, 1, 0, 2, 2])
+    assert_products_unchanged(heads, bias, choose_basis(heads, 7, "pivot"), groups)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9])
+def test_nearly_singular_basis_costs_its_condition_and_no_more(gap):
+    heads, bias = randn(2, 20, 8, seed=0), randn(2, 8, seed=9)
+    heads[:, 1] = heads[:, 0] + gap * heads[:, 1]
+    change = change_basis(heads, torch.arange(8))
+    assert change.condition > 1 / gap
+    assert_products_unchanged(heads, bias, torch.arange(8), torch.arange(2))
+
+
+def test_shapes_dtypes_and_the_identity_block():
+    heads, bias = randn(3, 20, 8, seed=0).float(), randn(3, 8, seed=9).float()
+    rows = torch.tensor([17, 3, 5, 0, 11])
+    change = change_basis(heads, rows, bias)
+    assert torch.equal(change.rows, rows)
+    assert torch.equal(change.rest, torch.tensor(sorted(set(range(20)) - set(rows.tolist()))))
+    assert change.coefficients.shape == (3, 15, 8)
+    assert change.bias is not None
+    assert change.bias.shape == (3, 8)
+    assert {t.dtype for t in (change.s, change.s_inv, change.coefficients)} == {torch.float64}
+    assert torch.equal(change.s[:, :5], heads[:, rows].double())
+    eye = torch.eye(8, dtype=torch.float64).expand(3, 8, 8)
+    error = (change.s @ change.s_inv - eye).norm(dim=(1, 2)).max()
+    assert float(error) <= identity(change.condition)
+
+
+def test_completion_is_orthogonal_and_as_large_as_the_basis():
+    heads = randn(2, 20, 8, seed=0)
+    change = change_basis(heads, torch.arange(5))
+    top, null = change.s[:, :5], change.s[:, 5:]
+    mean = torch.linalg.svdvals(top).mean(1)
+    size = float(top.norm() * null.norm())
+    assert float((top @ null.mT).norm()) <= FLOAT64_IDENTITY * size
+    expected = mean[:, None, None].square() * torch.eye(3, dtype=torch.float64)
+    assert float((null @ null.mT - expected).norm()) <= FLOAT64_IDENTITY * float(expected.norm())
+
+
+def test_condition_is_that_of_the_worst_head():
+    heads = randn(3, 20, 8, seed=0)
+    change = change_basis(heads, torch.arange(8))
+    assert change.condition == pytest.approx(
+        float(torch.linalg.cond(change.s).max()), rel=identity(change.condition)
+    )
+
+
+def test_deterministic():
+    heads, bias = randn(3, 20, 8, seed=0), randn(3, 8, seed=9)
+    first, second = (change_basis(heads.clone(), torch.arange(5), bias) for _ in range(2))
+    assert torch.equal(first.s, second.s)
+    assert torch.equal(first.coefficients, second.coefficients)
+    largest = first.s[:, 5:].gather(2, first.s[:, 5:].abs().argmax(2, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_all_inputs_in_the_basis_leave_no_projection():
+    heads, bias = randn(2, 6, 9, seed=0), randn(2, 9, seed=9)
+    change = change_basis(heads, torch.arange(6))
+    assert change.coefficients.shape == (2, 0, 9)
+    assert change.residual == 0
+    assert_products_unchanged(heads, bias, torch.arange(6), torch.arange(2))
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 8])
+def test_zero_head(size):
+    heads = randn(3, 20, 8, seed=0)
+    heads[1] = 0
+    change = change_basis(heads, torch.arange(size))
+    assert change.residual <= identity(change.condition)
+    assert not change.coefficients[1].any()
+    alone = change_basis(heads[1:2], torch.arange(size))
+    assert (alone.residual, alone.condition) == (0.0, 1.0)
+
+
+def test_bias_of_a_zero_head_needs_a_spare_direction():
+    heads, bias = randn(3, 20, 8, seed=0), randn(3, 8, seed=9)
+    heads[1] = 0
+    assert_products_unchanged(heads, bias, torch.arange(7), torch.arange(3))
+    assert change_basis(heads, torch.arange(8), bias).residual == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_head_is_exact_while_the_basis_spans_it(size, rank):
+    heads = randn(3, 20, 8, seed=0)
+    heads[1] = heads[1, :, :rank] @ heads[1, :rank]
+    change = change_basis(heads, torch.arange(size))
+    assert change.residual <= identity(change.condition)
+
+
+def test_spare_directions_take_what_a_deficient_basis_misses():
+    heads, bias = randn(2, 20, 8, seed=0), randn(2, 8, seed=9)
+    heads[1, 1:4] = heads[1, :1]  # W_B of head 1 has rank 1 of 4; the other rows span two more
+    heads[1, 4:] = heads[1, 4:, :2] @ heads[1, 10:12]
+    assert_products_unchanged(heads, bias, torch.arange(4), torch.arange(2))
+
+
+def test_residual_tells_when_the_basis_misses_a_direction():
+    heads = randn(2, 20, 8, seed=0)
+    heads[1, 1] = heads[1, 0]
+    change = change_basis(heads, torch.arange(8))
+    assert change.residual > 1e-3
+    assert change.condition < float("inf")
+    # negative control: one wrong coefficient shows in the residual's definition
+    good = change_basis(heads, torch.arange(1, 9))
+    spoiled = good.coefficients.clone()
+    spoiled[0, 3, 2] *= 1 + 1e-3
+    off = (spoiled @ good.s - heads[:, good.rest]).norm() / heads.norm()
+    assert float(off) > identity(good.condition)
+
+
+def test_a_nonfinite_head_is_named():
+    heads = randn(3, 20, 8, seed=0)
+    heads[2, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"head 2 hold inf or nan: expected finite values"):
+        change_basis(heads, torch.arange(8))
+    bias = randn(3, 8, seed=9)
+    bias[1, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"weights or bias of head 1 hold inf or nan"):
+        change_basis(randn(3, 20, 8, seed=0), torch.arange(8), bias)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 0], [0, 20], [-1, 2]])
+def test_bad_rows(rows):
+    with pytest.raises(ValueError, match=r"expected distinct input features in 0\.\.19; take them"):
+        change_basis(randn(3, 20, 8, seed=0), torch.tensor(rows, dtype=torch.int64))
+
+
+def test_too_many_rows():
+    with pytest.raises(ValueError, match=r"9 basis rows for heads with 20 inputs and 8 features"):
+        change_basis(randn(3, 20, 8, seed=0), torch.arange(9))
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(12, 5, 9), (7, 7, 7), (5, 1, 3)])
+def test_product_from_its_rows_and_columns(m, r, n):
+    a, b = randn(m, r, seed=0), randn(r, n, seed=1)
+    product, size = a @ b, float(a.norm() * b.norm())
+    rows, columns = torch.arange(m - r, m), torch.arange(r)
+    basis, coefficients = decompose_product_rows(a, b, rows)
+    assert (basis.shape, coefficients.shape) == ((r, n), (m, r))
+    assert torch.equal(coefficients[rows], torch.eye(r, dtype=torch.float64))
+    condition = float(torch.linalg.cond(a[rows]))
+    assert_close(coefficients @ basis, product, size, condition)
+    basis, coefficients = decompose_product_columns(a, b, columns)
+    assert (basis.shape, coefficients.shape) == ((m, r), (r, n))
+    condition = float(torch.linalg.cond(b[:, columns]))
+    assert_close(basis @ coefficients, product, size, condition)
+
+
+def test_product_needs_independent_rows():
+    a, b = randn(12, 3, seed=0), randn(3, 9, seed=1)
+    a[1] = 0
+    with pytest.raises(ValueError, match=r"rows \[0, 1, 2\] of the product are linearly dependent"):
+        decompose_product_rows(a, b, torch.arange(3))
+    with pytest.raises(ValueError, match=r"2 rows for a product of inner size 3: expected as many"):
+        decompose_product_rows(a, b, torch.arange(2))
