@@ -34,13 +34,19 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from bda_fx.api import Rewrite, analyze, rewrite
-    from bda_fx.backend import bda_backend
-    from bda_fx.derived_weights import invalidate
-    from bda_fx.fidelity import Fidelity, OutputFidelity, verify
-    from bda_fx.options import OptionError, Options
-    from bda_fx.pipeline import StepError
-    from bda_fx.report import Report, SiteReport
+    from bda_fx.api import Rewrite as Rewrite
+    from bda_fx.api import analyze as analyze
+    from bda_fx.api import rewrite as rewrite
+    from bda_fx.backend import bda_backend as bda_backend
+    from bda_fx.derived_weights import invalidate as invalidate
+    from bda_fx.fidelity import Fidelity as Fidelity
+    from bda_fx.fidelity import OutputFidelity as OutputFidelity
+    from bda_fx.fidelity import verify as verify
+    from bda_fx.options import OptionError as OptionError
+    from bda_fx.options import Options as Options
+    from bda_fx.pipeline import StepError as StepError
+    from bda_fx.report import Report as Report
+    from bda_fx.report import SiteReport as SiteReport
 
 
 def __getattr__(name: str) -> Any:

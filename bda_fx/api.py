@@ -72,7 +72,7 @@ def rewrite(
     """Rewrite every attention of ``model`` that may be, as an exported program.
 
     Takes and raises what :func:`analyze` does. The outputs of the program equal the model's up to
-    rounding; ``bda_fx.verify`` measures how far. Cost: one export, and a basis choice for each site.
+    rounding; ``bda_fx.verify`` measures how far. Cost: an export, and a basis choice per site.
     """
     chosen = Options.of(options)
     original, program = _canonical(model, args, kwargs, dynamic_shapes)
@@ -100,7 +100,8 @@ def _canonical(
         )
     if isinstance(args, torch.Tensor) or not isinstance(args, tuple | list):
         raise TypeError(
-            f"args is a tuple of example inputs, got {type(args).__name__}: write (x,) for one input"
+            f"args is a tuple of example inputs, got {type(args).__name__}: "
+            "write (x,) for one input"
         )
     try:
         program = canonicalize_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes)

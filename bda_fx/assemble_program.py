@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -47,8 +46,9 @@ def assemble_program(outcome: Outcome) -> ExportedProgram:
     for node in graph.find_nodes(op="placeholder"):
         spec = added.get(node.name) or specs[node.name]
         inputs.append(spec)
-        if spec.target in exported.state_dict and node.name not in added:
-            state[spec.target] = exported.state_dict[spec.target]
+        target = spec.target
+        if node.name not in added and target is not None and target in exported.state_dict:
+            state[target] = exported.state_dict[target]
     used = {spec.target for spec in inputs}
     constants = {name: value for name, value in constants.items() if name in used}
     return ExportedProgram(
@@ -74,5 +74,3 @@ def constant_bytes(program: ExportedProgram | None) -> int:
             key = id(value) if value.device.type == "meta" else (value.data_ptr(), value.numel())
             seen[key] = value.numel() * value.element_size()
     return sum(seen.values())
-
-

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="bda")``: rewrite each Dynamo graph, hand it to the inner compiler.
+"""``torch.compile(model, backend="bda")``: rewrite each Dynamo graph for the inner compiler.
 
 Weights enter a Dynamo graph as inputs and one compiled graph serves several modules, so the derived
 weights are inputs of the inner graph too, looked up per call (``derived_weights``). The basis size
@@ -107,7 +107,7 @@ def _compile(
 def _derivation(
     outcome: Outcome, options: Options
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
-    """From one module's parameters to the derived inputs of the graph, or None if they are unfit."""
+    """From one module's parameters to the derived inputs, or None where they are unfit."""
     plan, constants = outcome.plan, outcome.constants
     assert constants is not None
     fixed = {key: outcome.tensors[key] for key in outcome.fixed}
@@ -129,7 +129,7 @@ def _derivation(
 
 
 class _Original:
-    """The original graph, compiled at its first use: for modules that the rewritten one cannot serve."""
+    """The original graph, compiled at first use: for modules that the new one cannot serve."""
 
     def __init__(self, module: fx.GraphModule, options: Options) -> None:
         self.module, self.options = module, options
@@ -138,7 +138,9 @@ class _Original:
     def __call__(self, why: str, args: tuple[Any, ...]) -> Any:
         if self.compiled is None:
             log.warning("bda_fx: %s; the original graph runs instead", why)
-            self.compiled = torch.compile(self.module, backend=self.options.inner, **self.settings())
+            self.compiled = torch.compile(
+                self.module, backend=self.options.inner, **self.settings()
+            )
         return self.compiled(*args)
 
     def settings(self) -> dict[str, Any]:
@@ -157,7 +159,11 @@ def _inner_compiler(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
-        return lambda module, inputs: compile_fx(module, inputs, config_patches=patches or None)
+
+        def inductor(module: fx.GraphModule, inputs: list[Any]) -> Any:
+            return compile_fx(module, inputs, config_patches=patches or None)
+
+        return inductor
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(options.inner)

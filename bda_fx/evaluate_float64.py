@@ -36,7 +36,7 @@ class _Float64(fx.Interpreter):
         args, kwargs = pytree.tree_map(_wide, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
-    def get_attr(self, target: str, args: Any, kwargs: Any) -> Any:
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         # Bodies of higher-order ops (autocast and grad-mode regions) run in float64 too.
         return _Float64(value).run if isinstance(value, fx.GraphModule) else _wide(value)

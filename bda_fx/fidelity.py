@@ -72,8 +72,9 @@ class Fidelity:
         lines = [f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} (budget {self.budget:g})"]
         for o in self.outputs:
             line = (
-                f"  {o.name} {o.dtype}: error {o.error_candidate:.2e}, reference {o.error_reference:.2e},"
-                f" ratio {o.noise_ratio:.2f}, max |difference| {o.max_abs:.2e}"
+                f"  {o.name} {o.dtype}: error {o.error_candidate:.2e}, "
+                f"reference {o.error_reference:.2e}, ratio {o.noise_ratio:.2f}, "
+                f"max |difference| {o.max_abs:.2e}"
             )
             if o.top1_agreement is not None:
                 line += f", top-1 agreement {100 * o.top1_agreement:.1f} %"
@@ -106,7 +107,9 @@ def verify(
     ours = _run(reference, args, kwargs)
     theirs = _run(candidate, args, kwargs)
     if len(ours) != len(theirs) or len(ours) != len(exact):
-        raise ValueError(f"the reference has {len(ours)} tensor outputs, the candidate {len(theirs)}")
+        raise ValueError(
+            f"the reference has {len(ours)} tensor outputs, the candidate {len(theirs)}"
+        )
     outputs = []
     for index, (mine, other, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
         if mine.shape != other.shape or mine.dtype != other.dtype:
@@ -131,7 +134,9 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return distance / scale if scale > 0 else distance
 
 
-def _compare(name: str, mine: Tensor, other: Tensor, truth: Tensor, budget: float) -> OutputFidelity:
+def _compare(
+    name: str, mine: Tensor, other: Tensor, truth: Tensor, budget: float
+) -> OutputFidelity:
     error_reference, error_candidate = relative_error(mine, truth), relative_error(other, truth)
     exact_type = mine.dtype == torch.float64
     floor = FLOAT64_FLOOR if exact_type else torch.finfo(mine.dtype).eps / 2

@@ -45,7 +45,9 @@ class Options:
         _choice("basis", self.basis, BASES)
         _choice("inner", self.inner, INNERS)
         if isinstance(self.products, str):
-            raise OptionError(f'products is a sequence, got the string {self.products!r}: write ("qk",)')
+            raise OptionError(
+                f'products is a sequence, got the string {self.products!r}: write ("qk",)'
+            )
         object.__setattr__(self, "products", tuple(self.products))
         for product in self.products:
             _choice("products", product, PRODUCTS)
@@ -53,7 +55,8 @@ class Options:
         fraction = isinstance(size, int | float) and not isinstance(size, bool) and 0 < size <= 1
         if not fraction and size not in ("auto", "full"):
             raise OptionError(
-                f'basis_size is "auto", "full" or a fraction of the head size in (0, 1], got {size!r}'
+                f'basis_size is "auto", "full" or a fraction of the head size in (0, 1], '
+                f"got {size!r}"
             )
         budget = self.noise_budget
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
@@ -61,7 +64,9 @@ class Options:
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict is True or False, got {self.strict!r}")
         if not isinstance(self.inner_options, Mapping):
-            raise OptionError(f"inner_options is a mapping, got {type(self.inner_options).__name__}")
+            raise OptionError(
+                f"inner_options is a mapping, got {type(self.inner_options).__name__}"
+            )
 
     @classmethod
     def of(cls, given: Options | Mapping[str, Any] | None) -> Options:
@@ -78,7 +83,8 @@ class Options:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise OptionError(
-                f"unknown option {', '.join(map(repr, unknown))}; the options are {', '.join(known)}"
+                f"unknown option {', '.join(map(repr, unknown))}; "
+                f"the options are {', '.join(known)}"
             )
         return cls(**given)
 

@@ -1,6 +1,6 @@
 """The pipeline, in one place: from a canonical program to a rewritten one, step by step.
 
-    canonicalize → normalize linears → find sites → plan sites → transform weights
+    canonicalize → normalize linears → find sites → find folds → plan sites → transform weights
                  → rewrite graph → restore spellings → check graph
 
 Each step is one pass in ``bda_fx.passes``. A step that fails raises :class:`StepError`, which names
@@ -18,6 +18,7 @@ from torch import Tensor
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
+from bda_fx.passes.find_folds import find_folds
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
 from bda_fx.passes.plan_sites import Planning, plan_sites
@@ -63,17 +64,19 @@ def step(name: str) -> Iterator[None]:
 
 
 def find_and_plan(program: Program, options: Options) -> Plan:
-    """The first half: find the sites of a canonical program and plan them. Changes spellings only."""
+    """The first half: find the sites of a canonical program and plan them."""
     with step("normalize linears"):
         normalize_linears(program)
     with step("find sites"):
         found = find_sites(program)
+    with step("find folds"):
+        folds = find_folds(program, found)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
         planning = Planning(
             options.basis, options.basis_size, options.noise_budget, options.products
         )
-        return plan_sites(found, values, planning)
+        return plan_sites(found, values, planning, folds)
 
 
 def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcome:
@@ -87,7 +90,8 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
             restore_spellings(program)
         return Outcome(program, plan)
     with step("transform weights"):
-        constants = extract_constants(program, constants_of(item.site for item in plan.sites))
+        reads = constants_of((item.site for item in plan.sites), plan.folds)
+        constants = extract_constants(program, reads)
         values = constants.evaluate(program.tensors)
         transformed = transform_weights(plan, values, use_planned_rows=True)
     with step("rewrite graph"):

@@ -75,15 +75,20 @@ class Report:
         """A summary line and a table of all sites."""
         lines = [self.summary(), ""]
         if self.sites:
-            lines += ["| site | product | heads | D of E | basis | noise | condition | parameters |"]
+            lines += [
+                "| site | product | heads | D of E | basis | noise | condition | parameters |"
+            ]
             lines += ["|---|---|---|---|---|---|---|---|"]
         for s in self.sites:
             if s.status == "skipped":
-                lines.append(f"| {s.name or s.contractions[0]} | {s.product} | skipped: {s.reason} |||||")
+                lines.append(
+                    f"| {s.name or s.contractions[0]} | {s.product} | skipped: {s.reason} |||||"
+                )
                 continue
             heads = f"{s.heads}" if s.heads == s.kv_heads else f"{s.heads}/{s.kv_heads}"
             lines.append(
-                f"| {s.name} | {s.product} | {heads} × {s.head_dim} | {s.decomposed} of {s.in_features} "
+                f"| {s.name} | {s.product} | {heads} × {s.head_dim} "
+                f"| {s.decomposed} of {s.in_features} "
                 f"| {s.basis} {s.basis_size} | {s.noise:.2f} | {s.condition:.0f} "
                 f"| {s.params_before:,} → {s.params_after:,} |"
             )
@@ -111,7 +116,8 @@ class Report:
                 lines.append(f"  - {s.product} {where}: skipped, {s.reason}")
             else:
                 lines.append(
-                    f"  + {s.product} {where}: {s.kv_heads} heads × {s.decomposed}, basis {s.basis_size} "
+                    f"  + {s.product} {where}: {s.kv_heads} heads × {s.decomposed}, "
+                    f"basis {s.basis_size} "
                     f"of {s.in_features}, noise {s.noise:.2f}"
                 )
         return "\n".join(lines)

@@ -81,7 +81,9 @@ def canonicalize_exported(exported: ExportedProgram) -> Program:
 def canonicalize_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
     """Trace a Dynamo graph to functional ATen; placeholders keep their order and their number."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    fakes = [p.meta.get("example_value", x) for p, x in zip(placeholders, example_inputs, strict=True)]
+    fakes = [
+        p.meta.get("example_value", x) for p, x in zip(placeholders, example_inputs, strict=True)
+    ]
 
     def run(*values: Any) -> Any:
         with fx_traceback.preserve_node_meta():
@@ -154,7 +156,7 @@ def constant_nodes(program: Program) -> dict[str, fx.Node]:
 
 @contextlib.contextmanager
 def composite_attention() -> Iterator[None]:
-    """Keep ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` off their fused fast path."""
+    """Keep ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` off their fast path."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -57,7 +57,8 @@ def check_graph(program: Program) -> None:
         if node.op != "call_function":
             continue
         known = isinstance(node.target, torch._ops.OperatorBase) or (
-            getattr(node.target, "__module__", None) in ("_operator", "math", "torch", "torch._sym_ops")
+            getattr(node.target, "__module__", None)
+            in ("_operator", "math", "torch", "torch._sym_ops")
         )
         _require(known or node.target is operator.getitem, node, f"unknown target {node.target}")
         _require(bool(node.users) or node.is_impure(), node, "a node that nobody reads")
@@ -92,5 +93,3 @@ def _same_shape(a: torch.Size, b: torch.Size) -> bool:
 def _require(condition: bool, node: fx.Node, rule: str) -> None:
     if not condition:
         raise GraphError(f"{node.format_node() or node.name}: {rule}")
-
-

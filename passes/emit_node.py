@@ -17,7 +17,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and hasattr(value, "fake_mode"):
-            return value.fake_mode  # type: ignore[no-any-return]
+            return value.fake_mode
     return None
 
 

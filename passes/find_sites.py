@@ -15,21 +15,20 @@ Requires: ``normalize_linears``. Changes nothing.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
-from bda_fx.passes.label_features import Cause, Labelling, Ports, Product, label_features, live_nodes
+from bda_fx.passes.choose_sizes import choices_of_sizes, index_value
+from bda_fx.passes.label_features import label_features, live_nodes
+from bda_fx.passes.labels import FIRST_CAUSE, Cause, Labelling, Product
 from bda_fx.passes.op_rules import LINEAR
-from bda_fx.passes.sites import QK, VO, Found, Linear, Partner, Reason, Site, Skip
+from bda_fx.passes.resolve_meetings import Meets, resolve
+from bda_fx.passes.sites import VO, Found, Linear, Partner, Reason, Site, Skip
+from bda_fx.passes.track_features import Ports
 
 MIN_FEATURES = 2  # a head of one feature has nothing to change basis in
-MAX_INDEX = 1 << 20  # constant indices up to this many elements are looked at
-
-Meets = dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]]
 
 
 def find_sites(program: Program) -> Found:
@@ -39,10 +38,8 @@ def find_sites(program: Program) -> Found:
     ports = _lay_out(linears)
     weight_of = {node: linear.weight for linear in linears.values() for node in linear.nodes}
     labellings = [
-        label_features(
-            program.graph, weight_of, constants, ports, size, _index_value(program, size)
-        )
-        for size in _choices_of_sizes(program.graph)
+        label_features(program.graph, weight_of, constants, ports, size, index_value(program, size))
+        for size in choices_of_sizes(program.graph)
     ]
     meets: Meets = defaultdict(set)
     touched: dict[int, Cause] = {}
@@ -70,7 +67,8 @@ def constant_linears(program: Program, constants: dict[str, fx.Node]) -> dict[st
     for weight, users in nodes.items():
         rows, columns = (int(s) for s in constants[weight].meta["val"].shape)
         name = weight_name(constants[weight], program)
-        biases = tuple(n.args[2].name if len(n.args) > 2 and n.args[2] else None for n in users)
+        given = [(*n.args, None)[2] for n in users]
+        biases = tuple(bias.name if isinstance(bias, fx.Node) else None for bias in given)
         found[weight] = Linear(name, weight, tuple(n.name for n in users), biases, columns, rows)
     return found
 
@@ -85,7 +83,9 @@ def weight_name(node: fx.Node, program: Program) -> str:
         path = path.all_input_nodes[0]
     if whole and len(roots) == 1:
         return name
-    siblings = [n.name for n in program.graph.nodes if n.op == "call_function" and roots[0] in _roots(n)]
+    siblings = [
+        n.name for n in program.graph.nodes if n.op == "call_function" and roots[0] in _roots(n)
+    ]
     return f"{name}_part{siblings.index(node.name)}"
 
 
@@ -116,82 +116,6 @@ def _lay_out(linears: dict[str, Linear]) -> Ports:
     return Ports(first_feature, first_column)
 
 
-# -- sizes ----------------------------------------------------------------------------------
-
-
-def _choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
-    """The example's sizes, and a second set for dynamic dimensions: a finding must hold at both."""
-    symbols: dict[Any, int] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        for dim in value.shape if isinstance(value, Tensor) else (value,):
-            if isinstance(dim, torch.SymInt):
-                expression = dim.node.expr
-                if expression.is_Symbol and dim.node.has_hint():
-                    symbols[expression] = int(dim.node.hint)
-
-    def at(assignment: dict[Any, int]) -> Callable[[Any], int]:
-        def size(value: Any) -> int:
-            if not isinstance(value, torch.SymInt):
-                return value  # type: ignore[no-any-return]
-            return int(value.node.expr.subs(assignment))
-
-        return size
-
-    if not symbols:
-        return [at({})]
-    return [at(symbols), at({s: 2 * n for s, n in symbols.items()})]
-
-
-def _index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:
-    """Evaluate small integer index tensors that depend on sizes and constants alone."""
-    memo: dict[fx.Node, Tensor | None] = {}
-
-    def evaluate(node: fx.Node) -> Tensor | None:
-        if node not in memo:
-            memo[node] = compute(node)
-        return memo[node]
-
-    def compute(node: fx.Node) -> Tensor | None:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.is_floating_point():
-            return None
-        if node.op == "placeholder" and program.exported is not None:
-            return program.tensors.get(node.name)  # a buffer of a compiled module may change
-        if node.op == "get_attr":
-            return getattr(program.module, str(node.target), None)
-        if node.op != "call_function":
-            return None
-        if torch.Size([size(s) for s in value.shape]).numel() > MAX_INDEX:
-            return None
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return None
-        failed = False
-
-        def argument(n: fx.Node) -> Any:
-            nonlocal failed
-            inner = n.meta.get("val")
-            if not isinstance(inner, Tensor):
-                return size(inner)
-            result = evaluate(n)
-            failed |= result is None
-            return result
-
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
-        if failed:
-            return None
-        kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-        try:
-            return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
-        except (RuntimeError, TypeError, ValueError):
-            return None
-
-    return evaluate
-
-
-# -- legality -------------------------------------------------------------------------------
-
-
 def _tied(
     program: Program,
     constants: dict[str, fx.Node],
@@ -205,9 +129,9 @@ def _tied(
     for node in live:
         if node.name in constants or node.op == "placeholder":
             continue
-        linear = node.target in LINEAR and getattr(node.args[1], "name", None) in linears
+        is_linear = node.target in LINEAR and getattr(node.args[1], "name", None) in linears
         for arg in node.all_input_nodes:
-            if arg.name in constants and not (linear and arg in node.args[1:3]):
+            if arg.name in constants and not (is_linear and arg in node.args[1:3]):
                 for root in _roots(arg):
                     readers.setdefault(root, node)
     found = {}
@@ -219,73 +143,6 @@ def _tied(
                 for port in range(first, first + linear.out_features + linear.in_features):
                     if port not in touched:
                         found[port] = cause
-    return found
-
-
-def resolve(meets: Meets, touched: dict[int, Cause]) -> None:
-    """Drop lost features from ``meets`` until what is left pairs up, one head to one head.
-
-    ``touched`` grows by the features that are lost on the way, each with the cause that lost it.
-    """
-    while True:
-        _spread(meets, touched)
-        _drop(meets, touched)
-        clashes = _clashes(meets)
-        if not clashes:
-            return
-        for feature, where in clashes.items():
-            touched.setdefault(feature, Cause(Reason.MISMATCHED, where))
-
-
-def _spread(meets: Meets, touched: dict[int, Cause]) -> None:
-    """A feature that meets a lost one is lost."""
-    edges: dict[int, set[int]] = defaultdict(set)
-    for kv, partner in meets:
-        for a, b in zip(kv, partner, strict=True):
-            edges[a].add(b)
-            edges[b].add(a)
-    stack = [f for f in edges if f in touched]
-    while stack:
-        feature = stack.pop()
-        for other in edges[feature]:
-            if other not in touched:
-                touched[other] = touched[feature]
-                stack.append(other)
-
-
-def _drop(meets: Meets, touched: dict[int, Cause]) -> None:
-    for (kv, partner), kinds in list(meets.items()):
-        kept = [(a, b) for a, b in zip(kv, partner, strict=True) if a not in touched]
-        if len(kept) == len(kv):
-            continue
-        del meets[kv, partner]
-        if kept:
-            left, right = zip(*kept, strict=True)
-            meets[left, right] |= kinds
-
-
-def _clashes(meets: Meets) -> dict[int, str]:
-    """Features that sit in two different heads, or whose head meets two different heads."""
-    heads: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-    owner: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
-    roles: dict[int, set[str]] = defaultdict(set)
-    for (kv, partner), kinds in meets.items():
-        owner[partner].add(kv)
-        for feature in kv:
-            heads[feature].add(kv)
-            roles[feature] |= {f"kv {kind}" for kind in kinds}
-        for feature in partner:
-            heads[feature].add(partner)
-            roles[feature].add("partner")
-    found = {}
-    for kv, partner in meets:
-        clash = len(owner[partner]) > 1 or any(
-            len(heads[f]) > 1 or len(roles[f]) > 1 or len(set(head)) < len(head)
-            for head in (kv, partner)
-            for f in head
-        )
-        if clash:
-            found.update(dict.fromkeys((*kv, *partner), ""))
     return found
 
 
@@ -314,8 +171,8 @@ def _build(
             linear = where[kv_part[0]][0]
             other, axis, _ = where[partner_part[0]]
             key = (min(kinds), linear.weight, len(kv_part))
-            heads = grouped.setdefault(key, {}).setdefault(kv_part, {})
-            heads.setdefault((other.weight, axis), []).append(partner_part)
+            ports_met = grouped.setdefault(key, {}).setdefault(kv_part, {})
+            ports_met.setdefault((other.weight, axis), []).append(partner_part)
 
     sites = []
     for (product, weight, width), heads in grouped.items():
@@ -338,7 +195,9 @@ def _build(
                 linears[weight],
                 local,
                 tuple(
-                    Partner(linears[w], axis, tuple(f for f, _ in found), tuple(g for _, g in found))
+                    Partner(
+                        linears[w], axis, tuple(f for f, _ in found), tuple(g for _, g in found)
+                    )
                     for (w, axis), found in partners.items()
                 ),
                 tuple(contractions),
@@ -360,7 +219,7 @@ def _by_linear(
 
 
 def _without_chains(sites: list[Site], touched: dict[int, Cause], ports: Ports) -> list[Site]:
-    """A weight whose columns take part in one site and whose features in another keeps the first."""
+    """A weight whose columns are in one site and whose features in another keeps the first."""
     by_columns = {p.linear.weight for s in sites for p in s.partners if p.axis == "in"}
     kept = []
     for site in sites:
@@ -418,8 +277,5 @@ def _cause_of(product: Product, touched: dict[int, Cause], labelling: Labelling)
     if product.features:
         reason = Reason.NO_OUTPUT_LINEAR if product.kind == VO else Reason.MISMATCHED
         return Cause(reason, product.contraction)
-    spoilt = [c for i, c in enumerate(labelling.causes) if -4 - i == product.code]
+    spoilt = [c for i, c in enumerate(labelling.causes) if FIRST_CAUSE - i == product.code]
     return spoilt[0] if spoilt else Cause(Reason.NO_PROJECTION, product.contraction)
-
-
-__all__ = ["QK", "VO", "find_sites"]

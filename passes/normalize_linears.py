@@ -60,7 +60,8 @@ class _Speller:
         self.graph, self.node, self.constants = graph, node, constants
 
     def spell(self) -> fx.Node | None:
-        target, args = self.node.target, self.node.args
+        target: Any = self.node.target
+        args: tuple[Any, ...] = self.node.args
         if target in _ADDMM and self.matrix(args[2]) and not self.node.kwargs:
             return self.linear(args[1], self.constant(aten.t.default, args[2]), args[0])
         if target in _MATMULS and self.matrix(args[1]) and _rank(args[0]) >= 2:
@@ -75,7 +76,7 @@ class _Speller:
         if target in _ADDS and not self.node.kwargs:
             for y, bias in (args, args[::-1]):
                 if self.folds(y, bias):
-                    return self.linear(*y.args[:2], bias)
+                    return self.linear(y.args[0], y.args[1], bias)
         return None
 
     def batch_of_one(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
@@ -93,10 +94,9 @@ class _Speller:
         return self.emit(aten.unsqueeze.default, y, 0)
 
     def convolution(self) -> fx.Node | None:
-        x, w, bias, stride, padding, dilation, groups = (
-            *self.node.args, *(None, 1, 0, 1, 1)[max(0, len(self.node.args) - 2) :]
-        )  # fmt: skip
-        del dilation  # a kernel of one element has nothing to spread
+        given: tuple[Any, ...] = self.node.args
+        defaults = (None, 1, 0, 1, 1)[len(given) - 2 :]
+        x, w, bias, stride, padding, _, groups = given + defaults
         if not self.is_constant(w) or any(int(k) != 1 for k in w.meta["val"].shape[2:]):
             return None
         if groups != 1 or any(s != 1 for s in _many(stride)) or any(p != 0 for p in _many(padding)):
@@ -104,9 +104,10 @@ class _Speller:
         if _rank(x) != _rank(w) or (bias is not None and not self.is_constant(bias)):
             return None
         matrix = self.constant(aten.view.default, w, list(w.meta["val"].shape[:2]))
-        last = _rank(x) - 1
-        y = self.linear(self.emit(aten.movedim.int, x, 1, last), matrix, bias)
-        return self.emit(aten.movedim.int, y, last, 1)
+        axes = range(_rank(x))
+        last = [0, *axes[2:], 1]  # channels last, and back
+        y = self.linear(self.emit(aten.permute.default, x, last), matrix, bias)
+        return self.emit(aten.permute.default, y, [0, axes[-1], *axes[1:-1]])
 
     def folds(self, y: Any, bias: Any) -> bool:
         """``y`` is a linear without bias that nobody else reads, and ``bias`` its constant [F]."""
@@ -116,10 +117,10 @@ class _Speller:
         same_type = isinstance(bias, fx.Node) and self.is_constant(bias)
         if readers != [self.node] or not same_type or not self.matrix(y.args[1]):
             return False
-        shape, width = bias.meta["val"].shape, y.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+        shape, width = bias.meta["val"].shape, y.args[1].meta["val"].shape[0]
         return tuple(shape) == (width,) and bias.meta["val"].dtype == y.meta["val"].dtype
 
-    def linear(self, x: Any, weight: Any, bias: Any = None) -> fx.Node | None:  # type: ignore[return]
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         if bias is not None and (not self.is_constant(bias) or _rank(bias) != 1):
             return None
         args = (x, weight) if bias is None else (x, weight, bias)
@@ -132,7 +133,7 @@ class _Speller:
         """An expression of weights, emitted once: an equal one that is there already is taken."""
         for user in args[0].users:
             if user.target is target and user.args == args and user.name in self.constants:
-                return user  # type: ignore[no-any-return]
+                return user
         with self.graph.inserting_after(args[0]):
             node = emit(self.graph, target, *args, like=self.node)
         self.constants.add(node.name)

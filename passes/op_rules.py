@@ -31,7 +31,8 @@ MOVES = overloads(
     "repeat_interleave.self_int", "split", "split_with_sizes", "unsafe_split",
     "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "unsafe_chunk",
     "tensor_split.sections", "tensor_split.indices", "unbind.int", "slice.Tensor", "select.int",
-    "narrow", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip", "rot90",
+    "narrow.default", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip",
+    "rot90",
     "slice_scatter", "select_scatter", "copy", "constant_pad_nd", "pad", "diagonal", "unfold",
     "index_select", "index.Tensor", "pixel_shuffle", "pixel_unshuffle", "atleast_2d", "atleast_3d",
 )  # fmt: skip
@@ -39,7 +40,8 @@ MOVES = overloads(
 # Same values in another place, layout or floating-point type: the labels stay as they are.
 KEEPS = overloads(
     "clone", "contiguous", "alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "to",
-    "_to_copy", "type_as", "positive", "dropout", "feature_dropout", "alpha_dropout", "native_dropout",
+    "_to_copy", "type_as", "positive", "dropout", "feature_dropout", "alpha_dropout",
+    "native_dropout",
 )  # fmt: skip
 
 # Multiplication by a factor: legal while the factor is the same for all features of a head.
@@ -57,7 +59,11 @@ METADATA = overloads(
 
 ZEROS = overloads("zeros", "new_zeros", "zeros_like")
 
-ATTENTION = overloads("scaled_dot_product_attention")
+ATTENTION = overloads(
+    "scaled_dot_product_attention", "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+)  # fmt: skip
 MATMULS = overloads("matmul", "bmm", "baddbmm.default")
 LINEAR = overloads("linear")
 
@@ -66,6 +72,7 @@ _NORMS = overloads(
     "native_group_norm", "batch_norm", "instance_norm", "norm", "linalg_vector_norm", "mean",
     "var", "var_mean", "std", "pow", "square", "rsqrt",
 )  # fmt: skip
+_STORES = overloads("copy_")  # what a program writes into its inputs, a KV cache for one
 _ROTATIONS = overloads("view_as_complex", "complex", "polar", "view_as_real")
 
 
@@ -77,4 +84,6 @@ def reason_for(target: object) -> Reason:
         return Reason.ROTATED
     if target in ADDS:
         return Reason.ADDED
+    if target in _STORES:
+        return Reason.RETURNED
     return Reason.COMPUTED

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from bda_fx.passes.change_basis import ChangeOfBasis, change_basis
 from bda_fx.passes.choose_basis import choose_basis
 from bda_fx.passes.predict_noise import predict_noise
 from bda_fx.passes.read_weights import SiteWeights, read_site
-from bda_fx.passes.sites import Found, Plan, Reason, Site, SitePlan, Skip
+from bda_fx.passes.sites import Fold, Found, Plan, Reason, Site, SitePlan, Skip
 
 LADDER = (1.0, 15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Fractions of D that ``basis_size="auto"`` tries, largest first."""
@@ -60,8 +60,18 @@ class _Choice:
     worst: float
 
 
-def plan_sites(found: Found, values: Mapping[str, Tensor], planning: Planning) -> Plan:
-    """Choose a basis for every site of ``found``; ``values`` holds the constants it reads."""
+def plan_sites(
+    found: Found,
+    values: Mapping[str, Tensor],
+    planning: Planning,
+    folds: Mapping[str, Fold] | None = None,
+) -> Plan:
+    """Choose a basis for every site of ``found``; ``values`` holds the constants it reads.
+
+    ``folds`` says for which K/V weights the gather of x would be free on one common basis.
+    """
+    folds = folds or {}
+    folded: list[Fold] = []
     skips = list(found.skips)
     planned: list[SitePlan] = []
     groups: dict[str, list[Site]] = defaultdict(list)
@@ -70,7 +80,7 @@ def plan_sites(found: Found, values: Mapping[str, Tensor], planning: Planning) -
             groups[site.linear.weight].append(site)
         else:
             skips += _skips(site, Reason.NOT_REQUESTED, f"products={planning.products}")
-    for sites in groups.values():
+    for weight, sites in groups.items():
         usable = []
         for site in sites:
             reason = unusable(site, values)
@@ -78,19 +88,59 @@ def plan_sites(found: Found, values: Mapping[str, Tensor], planning: Planning) -
                 usable.append(site)
             else:
                 skips += _skips(site, reason)
-        shared = _plan_shared(usable, values, planning) if len(usable) > 1 else None
-        if shared is not None:
-            name = f"{usable[0].linear.name}_kv"
-            planned += [_as_plan(s, name, c, planning) for s, c in zip(usable, shared, strict=True)]
-            continue
-        for site in usable:
-            choice = _plan_one(site, read_site(site, values), planning)
-            if isinstance(choice, _Choice):
-                name = f"{site.linear.name}_{site.product}{site.decomposed}"
-                planned.append(_as_plan(site, name, choice, planning))
-            else:
-                skips += _skips(site, *choice)
-    return Plan(tuple(planned), tuple(skips))
+        chosen, reasons = _plan_weight(usable, values, planning, weight in folds)
+        planned += chosen
+        for site, reason, detail in reasons:
+            skips += _skips(site, reason, detail)
+        bases = {item.basis for item in chosen}
+        if weight in folds and len(bases) == 1:
+            folded.append(replace(folds[weight], basis=bases.pop()))
+    return Plan(tuple(planned), tuple(skips), tuple(_compatible(folded)))
+
+
+def _plan_weight(
+    sites: list[Site], values: Mapping[str, Tensor], planning: Planning, foldable: bool
+) -> tuple[list[SitePlan], list[tuple[Site, Reason, str]]]:
+    """Plan the sites of one K/V weight: on one basis where that saves more, else each on its own.
+
+    One basis for K and V means one gather and one GEMM, for about 1.5 times the noise. It is taken
+    where the gather is then free, and elsewhere only if no site has to take a smaller basis for it.
+    """
+    planned, refused = [], []
+    for site in sites:
+        choice = _plan_one(site, read_site(site, values), planning)
+        if isinstance(choice, _Choice):
+            name = f"{site.linear.name}_{site.product}{site.decomposed}"
+            planned.append(_as_plan(site, name, choice, planning))
+        else:
+            refused.append((site, *choice))
+    if len(planned) < 2 or len({item.site.decomposed for item in planned}) > 1:
+        return planned, refused
+    together = [item.site for item in planned]
+    shared = _plan_shared(together, values, planning)
+    free = foldable and (planning.basis_size != "auto" or shared is not None)
+    same = shared is not None and shared[0].size >= max(item.size for item in planned)
+    quiet = shared is not None and all(c.noise <= planning.noise_budget for c in shared)
+    if shared is not None and (free or (same and quiet)):
+        name = f"{together[0].linear.name}_kv"
+        planned = [_as_plan(s, name, c, planning) for s, c in zip(together, shared, strict=True)]
+    return planned, refused
+
+
+def _compatible(folds: list[Fold]) -> list[Fold]:
+    """Folds that do not put the same weight in two orders."""
+    kept: list[Fold] = []
+    taken: set[str] = set()
+    for fold in folds:
+        touched = {
+            fold.producer.weight,
+            *(name for name, _ in fold.constants),
+            *(r.weight for r in fold.readers),
+        }
+        if not touched & taken:
+            kept.append(fold)
+            taken |= touched
+    return kept
 
 
 def unusable(site: Site, values: Mapping[str, Tensor]) -> Reason | None:
@@ -112,9 +162,7 @@ def _is_fake(value: Tensor) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
 
-def _plan_one(
-    site: Site, weights: SiteWeights, planning: Planning
-) -> _Choice | tuple[Reason, str]:
+def _plan_one(site: Site, weights: SiteWeights, planning: Planning) -> _Choice | tuple[Reason, str]:
     """The largest basis that keeps to the budget, or why there is none."""
     quietest, inexact = float("inf"), float("inf")
     for size in planning.sizes(site):
@@ -134,17 +182,18 @@ def _plan_one(
 def _plan_shared(
     sites: list[Site], values: Mapping[str, Tensor], planning: Planning
 ) -> list[_Choice] | None:
-    """One basis for K and V of one linear: one gather, one GEMM. None where it costs too much."""
-    if len({site.decomposed for site in sites}) > 1:
-        return None
+    """One basis for all sites: the largest size that suits each of them, or None."""
     weights = [read_site(site, values) for site in sites]
     together = torch.cat([w.heads for w in weights])
-    size = planning.sizes(sites[0])[0]
-    rows = choose_basis(together, size, planning.strategy)
-    choices = [_weigh(w, rows) for w in weights]
-    quiet = all(c.noise <= planning.noise_budget for c in choices)
-    exact = all(c.change.residual <= MAX_RESIDUAL for c in choices)
-    return choices if quiet and exact else None
+    for size in planning.sizes(sites[0]):
+        rows = choose_basis(together, size, planning.strategy)
+        choices = [_weigh(w, rows) for w in weights]
+        quiet = planning.basis_size != "auto" or all(
+            c.noise <= planning.noise_budget for c in choices
+        )
+        if quiet and all(c.change.residual <= MAX_RESIDUAL for c in choices):
+            return choices
+    return None
 
 
 def _weigh(weights: SiteWeights, rows: Tensor) -> _Choice:

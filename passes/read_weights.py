@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.predict_noise import PartnerHeads
-from bda_fx.passes.sites import Linear, Site
+from bda_fx.passes.sites import Fold, Linear, Site
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ def extract_constants(program: Program, names: Iterable[str]) -> Constants:
                 return False
             roots[node.name] = None
             return True
-        if not all([visit(n) for n in node.all_input_nodes]):
+        if not all(visit(n) for n in node.all_input_nodes):
             return False
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Ref(n.name))
+        args, kwargs = tree_map_only(
+            fx.Node, lambda n: _Ref(n.name), (node.args, dict(node.kwargs))
+        )
         steps[node.name] = (node.name, node.target, args, kwargs)
         return True
 
@@ -64,13 +66,16 @@ def extract_constants(program: Program, names: Iterable[str]) -> Constants:
     return Constants(tuple(sorted(roots)), tuple(known), tuple(steps.values()))
 
 
-def constants_of(sites: Iterable[Site]) -> set[str]:
-    """Names of all weights and biases that the sites read."""
+def constants_of(sites: Iterable[Site], folds: Iterable[Fold] = ()) -> set[str]:
+    """Names of all constants that the sites and folds read."""
     found: set[str] = set()
-    for site in sites:
-        for linear in (site.linear, *(p.linear for p in site.partners)):
-            found.add(linear.weight)
-            found |= {bias for bias in linear.biases if bias is not None}
+    linears = [linear for s in sites for linear in (s.linear, *(p.linear for p in s.partners))]
+    for fold in folds:
+        linears += [fold.producer, *fold.readers]
+        found |= {name for name, _ in fold.constants}
+    for linear in linears:
+        found.add(linear.weight)
+        found |= {bias for bias in linear.biases if bias is not None}
     return found
 
 

@@ -7,7 +7,8 @@
 
 Requires: a plan for this graph. Leaves: the same outputs for transformed weights, in plain ATen
 (slice or index_select, linear, view, pad, add, cat); derived weights as new placeholders in
-front, in the order of the returned names; weights that nobody reads any more are reported as dead, not removed.
+front, in the order of the returned names; placeholders that nobody reads any more are left for
+the caller to remove.
 Dimensions that were symbolic stay symbolic.
 
 Where the rows are known and contiguous, x_B and x_R are slices; else they are gathered with index
@@ -16,6 +17,7 @@ tensors, which are inputs too, so that one graph can serve layers with different
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,19 +60,27 @@ def rewrite_graph(
     With ``fixed_rows`` the plan's rows are part of the graph (an exported program); without, they
     are inputs (a compiled graph that serves many layers).
     """
-    rewriter = _Rewriter(program.graph, derived, plan if fixed_rows else None)
+    rewriter = _Rewriter(program.graph, derived, plan, fixed_rows)
     nodes = {node.name: node for node in program.graph.nodes}
     for form in forms_of(plan):
         for name in form.linear.nodes:
             rewriter.rewrite(nodes[name], form)
+    for fold in plan.folds:
+        for name, key in fold.constants:
+            nodes[name].replace_all_uses_with(rewriter.input(key))
     program.module.recompile()
     return Rewritten(rewriter.inputs, rewriter.constants)
 
 
 class _Rewriter:
-    def __init__(self, graph: fx.Graph, derived: Mapping[str, Tensor], plan: Plan | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, derived: Mapping[str, Tensor], plan: Plan, fixed_rows: bool
+    ) -> None:
         self.graph, self.derived = graph, dict(derived)
-        self.rows = {} if plan is None else {item.basis: item.rows for item in plan.sites}
+        self.rows = {item.basis: item.rows for item in plan.sites} if fixed_rows else {}
+        # Where x comes in basis order, the basis is its first features, whatever the weights.
+        sizes = {item.basis: item.size for item in plan.sites}
+        self.rows.update({fold.basis: tuple(range(sizes[fold.basis])) for fold in plan.folds})
         self.inputs: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.gathered: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node | None]] = {}
@@ -201,12 +211,14 @@ class _Rewriter:
                 owner[feature] = at
         period = _period(tuple(owner))
         order = list(dict.fromkeys(owner[:period]))
-        runs = sum(a != b for a, b in zip(owner[:period], owner[1:period], strict=False)) + 1
+        runs = sum(a != b for a, b in itertools.pairwise(owner[:period])) + 1
         axis = node.meta["val"].dim() - 1
         if runs == len(order):
             groups = total // period
             if groups == 1:
-                return emit(self.graph, aten.cat.default, [parts[o] for o in order], axis, like=node)
+                return emit(
+                    self.graph, aten.cat.default, [parts[o] for o in order], axis, like=node
+                )
             split = [
                 self.split_last(node, parts[o], (groups, len(form.pieces[o].features) // groups))
                 for o in order
@@ -229,7 +241,9 @@ class _Rewriter:
         if key not in self.nodes:
             like = self.derived[key]
             with self.graph.inserting_before(self.first_input):
-                node = self.graph.placeholder("bda_" + "".join(c if c.isalnum() else "_" for c in key))
+                node = self.graph.placeholder(
+                    "bda_" + "".join(c if c.isalnum() else "_" for c in key)
+                )
             if self.mode is None:
                 node.meta["val"] = like
             else:
@@ -257,7 +271,9 @@ class _Rewriter:
         )
         return self.split_last(node, copied, (groups * width,), drop=2)
 
-    def split_last(self, node: fx.Node, x: fx.Node, sizes: tuple[int, ...], drop: int = 1) -> fx.Node:
+    def split_last(
+        self, node: fx.Node, x: fx.Node, sizes: tuple[int, ...], drop: int = 1
+    ) -> fx.Node:
         """View x with its last ``drop`` dimensions replaced by ``sizes``."""
         shape = [*self.lead(node, x, drop), *sizes]
         return emit(self.graph, aten.view.default, x, shape, like=node)
@@ -286,7 +302,7 @@ class _Anchor:
 
 
 def device_of(node: fx.Node) -> torch.device:
-    return node.meta["val"].device  # type: ignore[no-any-return]
+    return node.meta["val"].device
 
 
 def _period(pattern: tuple[int, ...]) -> int:

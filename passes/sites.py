@@ -142,8 +142,26 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A free gather: ``producer`` writes its features from ``first`` on in basis order.
+
+    ``constants`` are per-feature constants between the producer and x (node, fully qualified name),
+    permuted along; ``readers`` are other linears that read x and have their columns permuted.
+    ``basis`` is set by the plan.
+    """
+
+    producer: Linear
+    first: int
+    in_features: int
+    constants: tuple[tuple[str, str], ...]
+    readers: tuple[Linear, ...]
+    basis: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Sites that will be rewritten, and products that will not."""
+    """Sites that will be rewritten, products that will not, and gathers that are folded."""
 
     sites: tuple[SitePlan, ...]
     skips: tuple[Skip, ...]
+    folds: tuple[Fold, ...] = ()

@@ -3,7 +3,7 @@
 For each linear that takes part, its output features fall into *pieces*:
 
 * a dense piece: features computed as before, with query features turned by S (U Sᵀ);
-* a decomposed piece per basis: coefficients C over the other inputs; its identity part is no weight.
+* a decomposed piece per basis: coefficients C over the other inputs (the identity is no weight).
 
 A linear that only meets attention outputs keeps its shape; the columns that meet head i become
 O_i' = S_g O_i. Everything is computed in float64 and rounded once to the weight's dtype.
@@ -26,7 +26,7 @@ from bda_fx.passes.change_basis import (
 from bda_fx.passes.choose_basis import choose_basis
 from bda_fx.passes.predict_noise import predict_noise
 from bda_fx.passes.read_weights import read_site
-from bda_fx.passes.sites import Linear, Plan, SitePlan
+from bda_fx.passes.sites import Fold, Linear, Plan, SitePlan
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def forms_of(plan: Plan) -> list[Form]:
         for linear in (item.site.linear, *(p.linear for p in item.site.partners)):
             linears.setdefault(linear.weight, linear)
         decomposed.setdefault(item.site.linear.weight, []).append(item)
+    for fold in plan.folds:
+        for linear in (fold.producer, *fold.readers):
+            linears.setdefault(linear.weight, linear)
     forms = []
     for weight, linear in linears.items():
         slots: dict[str, dict[int, int]] = {}
@@ -137,6 +140,8 @@ def transform_weights(
         residual.append(change.residual)
         _apply(item, change, values, matrices, biases)
     tensors: dict[str, Tensor] = {}
+    for fold in plan.folds:
+        _permute(fold, rows[fold.basis], values, matrices, biases, tensors)
     for form in forms:
         _round(form, rows, values, matrices, biases, tensors)
     return Transformed(tensors, tuple(noise), tuple(residual))
@@ -193,6 +198,27 @@ def _apply(
             biases[name][index] = turned_bias.squeeze(-1)
 
 
+def _permute(
+    fold: Fold,
+    rows: Tensor,
+    values: Mapping[str, Tensor],
+    matrices: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Put the features of x in basis order, from the linear that makes it to those that read it."""
+    producer = fold.producer
+    order = torch.cat([rows, _rest(rows, fold.in_features)])
+    part = slice(fold.first, fold.first + len(order))
+    matrices[producer.weight][part] = matrices[producer.weight][part][order]
+    for name in {bias for bias in producer.biases if bias is not None}:
+        biases[name][part] = biases[name][part][order]
+    for reader in fold.readers:
+        matrices[reader.weight] = matrices[reader.weight][:, order]
+    for name, key in fold.constants:
+        tensors[key] = values[name].detach()[order.to(values[name].device)]
+
+
 def _round(
     form: Form,
     rows: Mapping[str, Tensor],
@@ -205,15 +231,20 @@ def _round(
     for at, piece in enumerate(form.pieces):
         matrix = matrices[form.linear.weight][list(piece.features)]
         if piece.basis is not None:
-            keep = torch.ones(form.linear.in_features, dtype=torch.bool)
-            keep[rows[piece.basis]] = False
+            rest = _rest(rows[piece.basis], form.linear.in_features)
             tensors[basis_key(piece.basis, "rows")] = rows[piece.basis].to(like.device)
-            tensors[basis_key(piece.basis, "rest")] = keep.nonzero().flatten().to(like.device)
-            matrix = matrix[:, keep]
+            tensors[basis_key(piece.basis, "rest")] = rest.to(like.device)
+            matrix = matrix[:, rest]
         tensors[weight_key(form, at)] = matrix.to(like.dtype).to(like.device).contiguous()
         for name in {bias for bias in form.linear.biases if bias is not None}:
             value = biases[name][list(piece.features)]
             tensors[bias_key(form, at, name)] = value.to(values[name].dtype).to(like.device)
+
+
+def _rest(rows: Tensor, in_features: int) -> Tensor:
+    keep = torch.ones(in_features, dtype=torch.bool)
+    keep[rows] = False
+    return keep.nonzero().flatten()
 
 
 def _float64(value: Tensor) -> Tensor:

@@ -33,3 +33,17 @@ measured over √2 times the prediction, and 1 / √(2 × 200) = 0.05 from the s
 def identity(condition: float) -> float:
     """Bound on the relative error of a float64 identity that goes through S of this condition."""
     return FLOAT64_IDENTITY * condition
+
+
+SOFTMAX_GAIN = 10.0
+"""Relative error of a rewritten attention in float64 over that of its products. The softmax turns
+an absolute error d of the scores into a relative error of its weights of at most 2 d, and the
+scores of the test programs stay within 5 in size."""
+
+
+def program(conditions: list[float]) -> float:
+    """Bound on the relative error in float64 of a program rewritten at sites of these conditions.
+
+    Errors of sites add up. A program without sites is the original: no error at all.
+    """
+    return SOFTMAX_GAIN * sum(identity(condition) for condition in conditions)

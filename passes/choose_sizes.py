@@ -1,0 +1,83 @@
+"""Choose the sizes at which a graph is run on labels, and evaluate its constant indices there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bda_fx.passes.canonicalize import Program
+
+MAX_INDEX = 1 << 20  # constant indices up to this many elements are looked at
+
+
+def choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
+    """The example's sizes, and a second set for dynamic dimensions: a finding must hold at both."""
+    symbols: dict[Any, int] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dim in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(dim, torch.SymInt):
+                expression = dim.node.expr
+                if expression.is_Symbol and dim.node.has_hint():
+                    symbols[expression] = int(dim.node.hint)
+
+    def at(assignment: dict[Any, int]) -> Callable[[Any], int]:
+        def size(value: Any) -> int:
+            if not isinstance(value, torch.SymInt):
+                return value
+            return int(value.node.expr.subs(assignment))
+
+        return size
+
+    if not symbols:
+        return [at({})]
+    return [at(symbols), at({s: 2 * n for s, n in symbols.items()})]
+
+
+def index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:
+    """Evaluate small integer index tensors that depend on sizes and constants alone."""
+    memo: dict[fx.Node, Tensor | None] = {}
+
+    def evaluate(node: fx.Node) -> Tensor | None:
+        if node not in memo:
+            memo[node] = compute(node)
+        return memo[node]
+
+    def compute(node: fx.Node) -> Tensor | None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return None
+        if node.op == "placeholder" and program.exported is not None:
+            return program.tensors.get(node.name)  # a buffer of a compiled module may change
+        if node.op == "get_attr":
+            return getattr(program.module, str(node.target), None)
+        if node.op != "call_function":
+            return None
+        if torch.Size([size(s) for s in value.shape]).numel() > MAX_INDEX:
+            return None
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return None
+        failed = False
+
+        def argument(n: fx.Node) -> Any:
+            nonlocal failed
+            inner = n.meta.get("val")
+            if not isinstance(inner, Tensor):
+                return size(inner)
+            result = evaluate(n)
+            failed |= result is None
+            return result
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
+        if failed:
+            return None
+        kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError, ValueError):
+            return None
+
+    return evaluate

@@ -1,0 +1,225 @@
+"""Labels: element ids on tensors, where they came from, and the small tensor algebra on them.
+
+Codes (negative) stand for elements that carry no feature. Shapes: an operand of a contraction is
+[*, tokens, c]; ``ids`` are int64 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bda_fx.passes.sites import Reason
+
+ZERO = -1  # a constant zero: meets anything harmlessly
+PLAIN = -2  # an input, a constant, or computed from these alone
+SCORES = -3  # computed from a product of two activations
+FIRST_CAUSE = -4  # -4 - k: spoilt by causes[k]
+
+MAX_HEADS = 65536  # more distinct heads than this is a permutation per token, not a head layout
+
+
+@dataclass(frozen=True)
+class Cause:
+    reason: Reason
+    node: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A range of element ids: a linear's output, or (``features`` given) an attention output."""
+
+    first: int
+    shape: tuple[int, ...]
+    first_feature: int
+    features: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    def ids(self) -> Tensor:
+        ids = torch.arange(self.first, self.first + self.numel).view(self.shape)
+        if self.features is None:
+            return ids
+        spoilt = self.features.view(self.shape)
+        return torch.where(spoilt >= 0, ids, spoilt)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Element ids or codes of a tensor, and the class of factors each was multiplied by."""
+
+    ids: Tensor
+    scale: Tensor | None = None
+
+
+Value = int | Source | Labels | list[Any] | None
+
+
+@dataclass(frozen=True)
+class Product:
+    """An attention product as it was met: its kv-side features, or the code that spoilt them."""
+
+    contraction: str
+    kind: str
+    features: frozenset[int]
+    code: int
+
+
+@dataclass
+class Labelling:
+    """What one run over the graph found. Features and columns are numbers in one common space."""
+
+    touched: dict[int, Cause] = field(default_factory=dict)
+    meets: dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
+    causes: list[Cause] = field(default_factory=list)
+    contractions: dict[int, set[str]] = field(default_factory=dict)
+
+
+class Sources:
+    """All sources of one run; ids are numbered through, so an id tells its source."""
+
+    def __init__(self) -> None:
+        self.all: list[Source] = []
+
+    @property
+    def next_id(self) -> int:
+        return self.all[-1].first + self.all[-1].numel if self.all else 0
+
+    def new(self, shape: tuple[int, ...], first_feature: int, **derived: Tensor) -> Source:
+        self.all.append(Source(self.next_id, shape, first_feature, **derived))
+        return self.all[-1]
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (codes kept) and token rows of element ids."""
+        features, rows = ids.clone(), ids.clone()
+        if not (ids >= 0).any():
+            return features, rows
+        firsts = torch.tensor([s.first for s in self.all])
+        which = torch.bucketize(ids.contiguous(), firsts, right=True) - 1
+        for index in which[ids >= 0].unique().tolist():
+            source = self.all[index]
+            mask = (which == index) & (ids >= 0)
+            local = ids[mask] - source.first
+            if source.features is None or source.rows is None:
+                column = local % source.shape[-1]
+                features[mask] = source.first_feature + column
+                rows[mask] = source.first + local - column
+            else:
+                features[mask] = source.features[local]
+                rows[mask] = source.rows[local]
+        return features, rows
+
+    def distinct_features(self, ids: Tensor) -> list[int]:
+        features, _ = self.locate(ids.reshape(-1).unique())
+        return [f for f in features.unique().tolist() if f >= 0]
+
+    def derived(self, ids: Tensor) -> Tensor:
+        """Which ids are elements of attention outputs."""
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for source in self.all:
+            if source.features is not None:
+                found |= (ids >= source.first) & (ids < source.first + source.numel)
+        return found
+
+    def orientation(self, ids: Tensor) -> str:
+        """Where features of [*, free, c] lie: along c ("meets"), free ("passes"), or neither."""
+        if not (ids >= 0).any():
+            return "opaque"
+        features, rows = self.locate(ids)
+        free, c = ids.shape[-2:]
+        one_row = [constant_along(rows, d, ids) for d in (-1, -2)]
+        one_feature = [constant_along(features, d, ids) for d in (-1, -2)]
+        meets = one_row[0] or (one_feature[1] and not one_feature[0])
+        passes = one_row[1] or (one_feature[0] and not one_feature[1])
+        if meets and passes:
+            if c > 1 and free == 1:
+                return "meets"
+            return "passes" if free > 1 and c == 1 else "mixed"
+        return "meets" if meets else "passes" if passes else "mixed"
+
+
+def transposed(x: Labels) -> Labels:
+    return Labels(x.ids.transpose(-1, -2), None if x.scale is None else x.scale.transpose(-1, -2))
+
+
+def expand(x: Labels, lead: tuple[int, ...]) -> Labels:
+    ids = x.ids.expand(*lead, *x.ids.shape[-2:])
+    return Labels(ids, None if x.scale is None else x.scale.expand(ids.shape))
+
+
+def repeat_heads(x: Labels, heads: int) -> Labels:
+    times = heads // x.ids.shape[-3]
+    scale = None if x.scale is None else x.scale.repeat_interleave(times, -3)
+    return Labels(x.ids.repeat_interleave(times, -3), scale)
+
+
+def constant_along(x: Tensor, dim: int, ids: Tensor) -> bool:
+    """Whether the labelled elements of x agree along ``dim``."""
+    big = torch.iinfo(torch.int64).max
+    low = torch.where(ids >= 0, x, big).amin(dim, keepdim=True)
+    return bool(((x == low) | (ids < 0)).all())
+
+
+def first_equal(keys: Tensor) -> Tensor:
+    """For each element of [*, c], the smallest index along c that holds the same key."""
+    order = keys.argsort(dim=-1, stable=True)
+    ordered = keys.gather(-1, order)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    start = torch.where(fresh, torch.arange(keys.shape[-1]).expand_as(order), 0).cummax(-1).values
+    return torch.empty_like(order).scatter_(-1, order, order.gather(-1, start))
+
+
+def parts_of(rows: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
+    """Part numbers along the last axis: labelled elements of one token row and one factor."""
+    labelled = ids >= 0
+    first = torch.where(labelled, rows, -1).amax(-1, keepdim=True)
+    if scale is None and bool(((rows == first) | ~labelled).all()):
+        return torch.where(labelled, 0, -1)
+    keys = rows if scale is None else rows * 1_000_003 + scale
+    return torch.where(labelled, first_equal(torch.where(labelled, keys, -1)), -1)
+
+
+def merge_parts(parts: Tensor) -> Tensor:
+    """The common refinement over tokens of parts [*, c, n] → [*, n]; all-constant rows are free."""
+    free = (parts == -1).all(-1, keepdim=True)
+    parts = torch.where(free, 0, parts)
+    merged = parts[..., 0, :]
+    for token in range(1, parts.shape[-2]):
+        if not torch.equal(parts[..., token, :], parts[..., 0, :]):
+            merged = first_equal(merged * parts.shape[-1] + parts[..., token, :] + 1)
+    return merged
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows of [N, k] and each row's index among them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 2**62, (rows.shape[-1],), generator=generator)
+    hashes, of = (rows * weights).sum(-1).unique(return_inverse=True)
+    first = torch.full((len(hashes),), len(rows)).scatter_reduce(
+        0, of, torch.arange(len(rows)), "amin"
+    )
+    distinct = rows[first]
+    if not torch.equal(distinct[of], rows):
+        return torch.unique(rows, dim=0, return_inverse=True)
+    return distinct, of
+
+
+def head_pairs(q_of: Tensor, k_of: Tensor) -> list[tuple[int, int]]:
+    """Which query head meets which key head: q_of [*, m], k_of [*, n] of the same batch."""
+    q_of, k_of = q_of.reshape(-1, q_of.shape[-1]), k_of.reshape(-1, k_of.shape[-1])
+    if bool((q_of == q_of[:, :1]).all()) and bool((k_of == k_of[:, :1]).all()):
+        both = torch.stack([q_of[:, 0], k_of[:, 0]], -1).unique(dim=0)
+        return [(int(i), int(g)) for i, g in both]
+    found = set()
+    for q_row, k_row in zip(q_of, k_of, strict=True):
+        for i in q_row.unique().tolist():
+            found |= {(i, g) for g in k_row.unique().tolist()}
+    return sorted(found)

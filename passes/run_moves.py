@@ -1,0 +1,51 @@
+"""Run data-movement ops on labels, which need not have the strides of the real tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bda_fx.passes import op_rules as rules
+
+_INDEXED = rules.overloads("index_select", "index.Tensor")
+_VIEWS = rules.overloads("view.default", "_unsafe_view")
+_PADS = rules.overloads("constant_pad_nd", "pad")
+_COPIES = rules.overloads("copy")
+_FILLS = rules.overloads("full", "scalar_tensor")
+
+
+def index_arguments(node: fx.Node) -> list[fx.Node]:
+    """Tensor arguments that say *where* to read rather than what."""
+    if node.target not in _INDEXED:
+        return []
+    found: list[fx.Node] = []
+    fx.map_arg(node.args[1:], found.append)
+    return found
+
+
+def pads_with_values(node: fx.Node) -> bool:
+    padded = node.target in rules.overloads("constant_pad_nd", "pad")
+    if not padded:
+        return False
+    if node.target in rules.overloads("pad") and (*node.args, "constant")[2] != "constant":
+        return True
+    value = node.args[-1] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    return not isinstance(value, str) and value not in (0, 0.0, None, "constant")
+
+
+def is_zero_fill(node: fx.Node) -> bool:
+    fills = rules.overloads("full", "scalar_tensor")
+    return node.target in fills and node.args[-1] in (0, 0.0)
+
+
+def run_move(target: Any, args: Any, kwargs: dict[str, Any], fill: int) -> Any:
+    """Run a movement op on labels, which need not have the strides of the real tensors."""
+    if target in _VIEWS:
+        return args[0].reshape(args[1])
+    if target in _PADS:
+        return torch.ops.aten.constant_pad_nd.default(args[0], args[1], fill)
+    if target in _COPIES:
+        return args[1].expand_as(args[0])
+    return target(*args, **{k: v for k, v in kwargs.items() if k != "dtype"})
