@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -89,7 +90,7 @@ def canonicalize_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Pr
         with fx_traceback.preserve_node_meta():
             return fx.Interpreter(module).run(*values)
 
-    with composite_attention(), torch.no_grad():
+    with composite_attention(), torch.no_grad(), _fake_factories(fakes):
         traced = make_fx(
             _functionalized(run),
             decomposition_table=_decompositions(),
@@ -207,6 +208,22 @@ def _functionalized(run: Any) -> Any:
         return outputs
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _fake_factories(values: list[Any]) -> Iterator[None]:
+    """Tensors that the graph makes (``arange``, masks) or holds are fake, as its inputs are."""
+    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
+    if not modes:
+        yield
+        return
+    before = modes[0].allow_non_fake_inputs
+    modes[0].allow_non_fake_inputs = True
+    try:
+        with modes[0]:
+            yield
+    finally:
+        modes[0].allow_non_fake_inputs = before
 
 
 def _drop_grad_mode_calls(graph: fx.Graph) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
+EMITTED = "bda_fx_emitted"
+"""Key in ``meta`` of nodes that a pass made; ``check_graph`` recomputes their fake values."""
+COPIED_META = ("nn_module_stack", "source_fn_stack", "torch_fn")
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
@@ -29,8 +32,25 @@ def emit(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any)
     """
     node = graph.call_function(target, args, kwargs)
     node.meta = {key: like.meta[key] for key in COPIED_META if key in like.meta}
-    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = fake_mode_of(graph)
-    with mode or contextlib.nullcontext(), torch.no_grad():
-        node.meta["val"] = target(*values, **named)
+    if like.meta.get("stack_trace"):
+        node.meta["stack_trace"] = innermost_frame(like.meta["stack_trace"])
+    node.meta[EMITTED] = True
+    node.meta["val"] = fake_value(node, fake_mode_of(graph))
     return node
+
+
+def innermost_frame(trace: str) -> str:
+    """The last frame of a stack trace: saved programs store one trace for each node."""
+    lines = trace.rstrip().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
+    return "\n".join(lines[starts[-1] :]) if starts else trace
+
+
+def fake_value(node: fx.Node, mode: FakeTensorMode | None) -> Any:
+    """What ``node`` gives on the fake values of its arguments; symbolic sizes stay symbolic."""
+    values: Any
+    values, named = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    if node.target is torch.ops.aten.sym_size.int:  # the op itself would fix the size
+        return values[0].shape[values[1]]
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        return node.target(*values, **named)  # type: ignore[operator]

@@ -95,7 +95,7 @@ class _Region:
         """``node`` has the features of x along its last axis, untouched in their order."""
         if node in self.features:
             return
-        if not isinstance(node, fx.Node) or node.op != "call_function":
+        if getattr(node, "op", None) != "call_function":
             raise _NoFold
         if node.target in LINEAR:
             self.found_producer(node, node, 0)

@@ -88,6 +88,7 @@ class _Rewriter:
         placeholders = graph.find_nodes(op="placeholder")
         self.first_input, self.last_input = placeholders[0], placeholders[-1]
         self.mode = fake_mode_of(graph)
+        self.symbols = _leading_symbols(graph)
 
     def rewrite(self, node: fx.Node, form: Form) -> None:
         x, bias = node.args[0], (*node.args, None)[2]
@@ -282,11 +283,16 @@ class _Rewriter:
         """Sizes of x but for the last ``drop``; symbolic ones as ``sym_size`` nodes."""
         sizes = x.meta["val"].shape[: x.meta["val"].dim() - drop]
         return [
-            emit(self.graph, aten.sym_size.int, x, i, like=node)
-            if isinstance(s, torch.SymInt)
-            else s
+            self.symbol(node, x, i) if isinstance(s, torch.SymInt) else s
             for i, s in enumerate(sizes)
         ]
+
+    def symbol(self, node: fx.Node, x: fx.Node, axis: int) -> fx.Node:
+        """A node that holds this symbolic size: one of the graph's, or a new ``sym_size``."""
+        expression = x.meta["val"].shape[axis].node.expr
+        if expression not in self.symbols:
+            return emit(self.graph, aten.sym_size.int, x, axis, like=node)
+        return self.symbols[expression]
 
 
 class _Anchor:
@@ -299,6 +305,18 @@ class _Anchor:
         with self.graph.inserting_after(self.after):
             self.after = emit(self.graph, target, *args, like=self.like)
         return self.after
+
+
+def _leading_symbols(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """Symbolic sizes that are nodes before anything is computed: usable everywhere."""
+    found: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.setdefault(value.node.expr, node)
+        elif node.op != "placeholder":
+            break
+    return found
 
 
 def device_of(node: fx.Node) -> torch.device:

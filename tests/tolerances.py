@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 EPS64 = 2.0**-52
 """Spacing of float64 at 1; a rounding is off by half of it at most."""
 
@@ -47,3 +49,21 @@ def program(conditions: list[float]) -> float:
     Errors of sites add up. A program without sites is the original: no error at all.
     """
     return SOFTMAX_GAIN * sum(identity(condition) for condition in conditions)
+
+FLOAT64_PIVOT = 1e-12
+"""Relative error in float64 of a whole model rewritten on pivoted bases. Their conditions stay below
+100 at the sizes tested, so that this is ``identity(100)``; it is the promise made to users."""
+
+
+def model(condition: float) -> float:
+    """The same for any basis, from the largest condition of the model's sites."""
+    return identity(condition)
+
+NOISE_RATIO: dict[object, dict[torch.dtype, float]] = {
+    "full": {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0},
+    15 / 16: {torch.float32: 1.5, torch.float16: 1.35, torch.bfloat16: 1.35},
+}
+"""Error of a rewritten model over the original's own, both against float64, by basis size and dtype.
+The promise to users: at most twice the model's own rounding error with a full pivoted basis. A
+basis of 15/16 D is better conditioned: 1.2 … 1.4 measured (the table in README), and the chance of
+the roundings moves a ratio of two such norms by a few per cent."""

@@ -1,0 +1,113 @@
+"""Real weights, real inputs: the rewritten model is about as accurate as the original itself.
+
+The measure is the error of the last hidden state against a float64 run of the same (rounded)
+weights, as a multiple of the original's own error in that dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+import bda_fx
+from bda_fx.evaluate_float64 import evaluate_float64
+from bda_fx.fidelity import relative_error
+from tests import models, tolerances
+
+LICENSES = Path("/usr/share/common-licenses")
+
+REACTIONS = (
+    # Precursors and reagents >> product, as rxnfp's vocabulary has it: Fischer esterification,
+    # amide coupling, Suzuki coupling, aspirin, paracetamol, Williamson ether synthesis,
+    # Diels–Alder, hydrogenation of nitrobenzene.
+    "CC(=O)O.OCC.OS(=O)(=O)O>>CC(=O)OCC",
+    "OC(=O)c1ccccc1.NCc1ccccc1.CN(C)C=O.CCN(C(C)C)C(C)C>>O=C(NCc1ccccc1)c1ccccc1",
+    "Brc1ccccc1.OB(O)c1ccc(C)cc1.O=C([O-])[O-].[K+].[K+].[Pd]>>Cc1ccc(-c2ccccc2)cc1",
+    "O=C(O)c1ccccc1O.CC(=O)OC(C)=O>>CC(=O)Oc1ccccc1C(=O)O",
+    "Nc1ccc(O)cc1.CC(=O)OC(C)=O.O>>CC(=O)Nc1ccc(O)cc1",
+    "CCBr.Oc1ccccc1.[OH-].[Na+]>>CCOc1ccccc1",
+    "C=CC=C.O=C1C=CC(=O)O1.c1ccccc1>>O=C1OC(=O)C2CC=CCC12",
+    "O=[N+]([O-])c1ccccc1.[H][H].[Pd].CCO>>Nc1ccccc1",
+)
+
+SMILES_TOKEN = re.compile(
+    r"(\%\([0-9]{3}\)|\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\||\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?"
+    r"|>>?|\*|\$|\%[0-9]{2}|[0-9])"
+)
+"""How rxnfp splits a reaction SMILES into tokens (rxnfp.tokenization, which needs rdkit)."""
+
+
+def sentences() -> list[str]:
+    """Eight sentences of English: of a licence where the system has one, of Python otherwise."""
+    path = LICENSES / "GPL-3"
+    text = path.read_text() if path.exists() else f"{re.__doc__} {Path.__doc__} {str.__doc__}"
+    words = " ".join(text.split())
+    found = [s for s in re.split(r"(?<=[.;]) ", words) if 60 < len(s) < 200]
+    return found[:8]
+
+
+def tokenised_reactions() -> dict[str, Tensor]:
+    vocabulary = models.rxnfp_vocabulary()
+    rows = []
+    for reaction in REACTIONS:
+        tokens = SMILES_TOKEN.findall(reaction)
+        assert "".join(tokens) == reaction
+        ids = [vocabulary.get(token, vocabulary["[UNK]"]) for token in tokens]
+        assert ids.count(vocabulary["[UNK]"]) <= 1, reaction
+        rows.append([vocabulary["[CLS]"], *ids, vocabulary["[SEP]"]])
+    width = max(map(len, rows))
+    padded = [row + [vocabulary["[PAD]"]] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+
+Measured = tuple[ExportedProgram, dict[str, Any], Tensor, float]
+
+
+@cache
+def original(name: str, dtype: torch.dtype) -> Measured:
+    """Program in ``dtype``, inputs, the float64 truth of its rounded weights, its own error."""
+    if name == "minilm":
+        model, kwargs = models.minilm(), models.minilm_inputs(sentences(), max_length=24)
+    else:
+        model, kwargs = models.rxnfp(), tokenised_reactions()
+    program = models.exported(models.Example(model.to(dtype), kwargs))
+    truth = evaluate_float64(program, (), kwargs)[0]
+    return program, kwargs, truth, relative_error(last_hidden(program, kwargs), truth)
+
+
+def last_hidden(program: ExportedProgram, kwargs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return program.module()(**kwargs)[0]
+
+
+@pytest.mark.parametrize("size", ["full", 15 / 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["minilm", "rxnfp"])
+def test_noise(
+    name: str, dtype: torch.dtype, size: str | float, record_property: pytest.RecordProperty
+) -> None:
+    program, kwargs, truth, own = original(name, dtype)
+    rewrite = bda_fx.rewrite(program, options={"basis": "pivot", "basis_size": size})
+    assert len(rewrite.report.rewritten) == {"minilm": 12, "rxnfp": 24}[name]
+    ratio = relative_error(last_hidden(rewrite.program, kwargs), truth) / own
+    record_property("noise_ratio", round(ratio, 3))
+    assert ratio <= tolerances.NOISE_RATIO[size][dtype]
+
+
+@pytest.mark.parametrize("name", ["minilm", "rxnfp"])
+def test_default_options_keep_every_site(name: str) -> None:
+    """The planner finds a basis within the budget everywhere, and the model verifies."""
+    program, kwargs, truth, own = original(name, torch.float32)
+    rewrite = bda_fx.rewrite(program)
+    assert not rewrite.report.skipped
+    assert all(s.noise <= 2.0 for s in rewrite.report.rewritten)
+    ratio = relative_error(last_hidden(rewrite.program, kwargs), truth) / own
+    assert ratio <= tolerances.NOISE_RATIO["full"][torch.float32]
