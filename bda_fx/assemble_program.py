@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
+    ConstantArgument,
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputSpec,
     TensorArgument,
 )
 
@@ -54,7 +57,7 @@ def assemble_program(outcome: Outcome) -> ExportedProgram:
     return ExportedProgram(
         root=outcome.program.module,
         graph=graph,
-        graph_signature=ExportGraphSignature(inputs, list(signature.output_specs)),
+        graph_signature=ExportGraphSignature(inputs, _outputs(graph, signature)),
         state_dict=state,
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
@@ -62,6 +65,18 @@ def assemble_program(outcome: Outcome) -> ExportedProgram:
         constants=constants,
         verifiers=exported.verifiers,
     )
+
+
+def _outputs(graph: fx.Graph, signature: ExportGraphSignature) -> list[OutputSpec]:
+    """The output specs, with the names of the nodes that are outputs now."""
+    values = graph.output_node().args[0]
+    assert isinstance(values, tuple | list)
+    return [
+        replace(spec, arg=replace(spec.arg, name=value.name))
+        if isinstance(value, fx.Node) and not isinstance(spec.arg, ConstantArgument)
+        else spec
+        for spec, value in zip(signature.output_specs, values, strict=True)
+    ]
 
 
 def constant_bytes(program: ExportedProgram | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class Options:
             raise OptionError(
                 f'products is a sequence, got the string {self.products!r}: write ("qk",)'
             )
+        if not isinstance(self.products, Iterable):
+            raise OptionError(f"products is a sequence, got {self.products!r}")
         object.__setattr__(self, "products", tuple(self.products))
         for product in self.products:
             _choice("products", product, PRODUCTS)
@@ -79,6 +81,8 @@ class Options:
             return cls()
         if isinstance(given, Options):
             return given
+        if not isinstance(given, Mapping):
+            raise OptionError(f"options are bda_fx.Options or a dict of them, got {given!r}")
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:

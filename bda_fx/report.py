@@ -81,9 +81,8 @@ class Report:
             lines += ["|---|---|---|---|---|---|---|---|"]
         for s in self.sites:
             if s.status == "skipped":
-                lines.append(
-                    f"| {s.name or s.contractions[0]} | {s.product} | skipped: {s.reason} |||||"
-                )
+                where = s.name or (s.contractions[0] if s.contractions else "?")
+                lines.append(f"| {where} | {s.product} | skipped: {s.reason} ||||||")
                 continue
             heads = f"{s.heads}" if s.heads == s.kv_heads else f"{s.heads}/{s.kv_heads}"
             lines.append(

@@ -27,9 +27,9 @@ from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.label_contractions import Contractions
-from bda_fx.passes.labels import PLAIN, SCORES, ZERO, Labelling, Labels, Source, Value
+from bda_fx.passes.labels import PLAIN, SCORES, ZERO, Labelling, Labels, Product, Source, Value
 from bda_fx.passes.run_moves import index_arguments, is_zero_fill, pads_with_values, run_move
-from bda_fx.passes.sites import Reason
+from bda_fx.passes.sites import QK, VO, Reason
 from bda_fx.passes.track_features import Ports
 
 _MULTIPLIES = rules.overloads("mul", "multiply")
@@ -88,6 +88,8 @@ class _Labeller(Contractions):
         if node.op != "call_function" or node.name in self.constants:
             return PLAIN
         target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.note_nested(node)
         if target is operator.getitem:
             value = self.value(node.args[0])
             return value[node.args[1]] if isinstance(value, list) else value  # type: ignore[index]
@@ -108,6 +110,18 @@ class _Labeller(Contractions):
             if target in ops:
                 rule = method
         return rule(node) if rule else self.spoil(node)
+
+    def note_nested(self, node: fx.Node) -> None:
+        """Attention inside the body of a higher-order op is not followed, but reported."""
+        code = self.code(Reason.NESTED, node)
+        for arg in node.all_input_nodes:
+            body = getattr(node.graph.owning_module, str(arg.target), None)
+            if arg.op != "get_attr" or not isinstance(body, fx.GraphModule):
+                continue
+            targets = {inner.target for inner in body.graph.nodes}
+            if targets & (rules.ATTENTION | rules.MATMULS):
+                products = (Product(node.name, kind, frozenset(), code) for kind in (QK, VO))
+                self.found.products += [p for p in products if p not in self.found.products]
 
     def keep(self, node: fx.Node) -> Value:
         result = node.meta["val"]
@@ -164,15 +178,16 @@ class _Labeller(Contractions):
         other = self.value(factor)
         if isinstance(value, int) or not isinstance(other, int):
             return self.spoil(node)
-        if not isinstance(factor, fx.Node) or not isinstance(factor.meta["val"], Tensor):
-            return value
-        shape = self.shape(factor)
-        if torch.Size(shape).numel() == 1:
-            return value if len(shape) <= len(self.shape(node)) else self.spoil(node)
-        if other == SCORES or not node.meta["val"].dtype.is_floating_point:
+        if isinstance(value, list) or not node.meta["val"].dtype.is_floating_point:
             return self.spoil(node)
         labels = self.materialise(value)
-        classes = torch.arange(torch.Size(shape).numel()).view(shape)
+        # One number for all elements is a class too: features it leaves out have another.
+        classes = torch.zeros((), dtype=torch.int64)
+        if isinstance(factor, fx.Node) and isinstance(factor.meta["val"], Tensor):
+            shape = self.shape(factor)
+            if other == SCORES or len(shape) > labels.ids.dim():
+                return self.spoil(node)
+            classes = torch.arange(torch.Size(shape).numel()).view(shape)
         ids, classes = torch.broadcast_tensors(labels.ids, classes)
         old = 0 if labels.scale is None else labels.scale
         salt = len(self.values)

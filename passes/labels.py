@@ -180,11 +180,12 @@ def first_equal(keys: Tensor) -> Tensor:
 def parts_of(rows: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
     """Part numbers along the last axis: labelled elements of one token row and one factor."""
     labelled = ids >= 0
-    first = torch.where(labelled, rows, -1).amax(-1, keepdim=True)
-    if scale is None and bool(((rows == first) | ~labelled).all()):
-        return torch.where(labelled, 0, -1)
     keys = rows if scale is None else rows * 1_000_003 + scale
-    return torch.where(labelled, first_equal(torch.where(labelled, keys, -1)), -1)
+    lowest = torch.iinfo(torch.int64).min
+    first = torch.where(labelled, keys, lowest).amax(-1, keepdim=True)
+    if bool(((keys == first) | ~labelled).all()):
+        return torch.where(labelled, 0, -1)
+    return torch.where(labelled, first_equal(torch.where(labelled, keys, lowest)), -1)
 
 
 def merge_parts(parts: Tensor) -> Tensor:

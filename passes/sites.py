@@ -36,6 +36,7 @@ class Reason(enum.Enum):
     RANK_DEFICIENT = "no basis of this size spans every head"
     TOO_NOISY = "predicted noise is over the budget at every basis size"
     NOT_REQUESTED = "left out by the options"
+    NESTED = "inside a control-flow or other higher-order op"
     UNPROVEN = "the graph could not be followed at a second set of sizes"
 
 

@@ -1,7 +1,9 @@
 """Real weights, real inputs: the rewritten model is about as accurate as the original itself.
 
 The measure is the error of the last hidden state against a float64 run of the same (rounded)
-weights, as a multiple of the original's own error in that dtype.
+weights, as a multiple of the original's own error in that dtype. Only real tokens count: what a
+model computes at padding is read by nobody, is nearly the same at every such position, and its
+noise moves the ratio by ± 0.3 from one batch to the next.
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ SMILES_TOKEN = re.compile(
 
 
 def sentences() -> list[str]:
-    """Eight sentences of English: of a licence where the system has one, of Python otherwise."""
+    """Twenty-four sentences of English: of a licence where the system has one, of Python otherwise."""
     path = LICENSES / "GPL-3"
     text = path.read_text() if path.exists() else f"{re.__doc__} {Path.__doc__} {str.__doc__}"
     words = " ".join(text.split())
     found = [s for s in re.split(r"(?<=[.;]) ", words) if 60 < len(s) < 200]
-    return found[:8]
+    return found[:24]
 
 
 def tokenised_reactions() -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def tokenised_reactions() -> dict[str, Tensor]:
         tokens = SMILES_TOKEN.findall(reaction)
         assert "".join(tokens) == reaction
         ids = [vocabulary.get(token, vocabulary["[UNK]"]) for token in tokens]
-        assert ids.count(vocabulary["[UNK]"]) <= 1, reaction
+        assert vocabulary["[UNK]"] not in ids, reaction
         rows.append([vocabulary["[CLS]"], *ids, vocabulary["[SEP]"]])
     width = max(map(len, rows))
     padded = [row + [vocabulary["[PAD]"]] * (width - len(row)) for row in rows]
@@ -79,35 +81,41 @@ def original(name: str, dtype: torch.dtype) -> Measured:
     else:
         model, kwargs = models.rxnfp(), tokenised_reactions()
     program = models.exported(models.Example(model.to(dtype), kwargs))
-    truth = evaluate_float64(program, (), kwargs)[0]
+    truth = evaluate_float64(program, (), kwargs)[0][kwargs["attention_mask"].bool()]
     return program, kwargs, truth, relative_error(last_hidden(program, kwargs), truth)
 
 
 def last_hidden(program: ExportedProgram, kwargs: dict[str, Any]) -> Tensor:
+    """The last hidden state at real tokens, [tokens, features]."""
     with torch.no_grad():
-        return program.module()(**kwargs)[0]
+        return program.module()(**kwargs)[0][kwargs["attention_mask"].bool()]
+
+
+def noise_ratio(name: str, dtype: torch.dtype, options: dict[str, Any]) -> float:
+    program, kwargs, truth, own = original(name, dtype)
+    rewrite = bda_fx.rewrite(program, options=options)
+    assert len(rewrite.report.rewritten) == {"minilm": 12, "rxnfp": 24}[name]
+    return relative_error(last_hidden(rewrite.program, kwargs), truth) / own
 
 
 @pytest.mark.parametrize("size", ["full", 15 / 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["minilm", "rxnfp"])
-def test_noise(
-    name: str, dtype: torch.dtype, size: str | float, record_property: pytest.RecordProperty
-) -> None:
-    program, kwargs, truth, own = original(name, dtype)
-    rewrite = bda_fx.rewrite(program, options={"basis": "pivot", "basis_size": size})
-    assert len(rewrite.report.rewritten) == {"minilm": 12, "rxnfp": 24}[name]
-    ratio = relative_error(last_hidden(rewrite.program, kwargs), truth) / own
-    record_property("noise_ratio", round(ratio, 3))
+def test_noise(name: str, dtype: torch.dtype, size: str | float) -> None:
+    ratio = noise_ratio(name, dtype, {"basis": "pivot", "basis_size": size})
+    print(f"{name} {dtype} {size}: noise ratio {ratio:.3f}")
     assert ratio <= tolerances.NOISE_RATIO[size][dtype]
 
 
 @pytest.mark.parametrize("name", ["minilm", "rxnfp"])
 def test_default_options_keep_every_site(name: str) -> None:
-    """The planner finds a basis within the budget everywhere, and the model verifies."""
-    program, kwargs, truth, own = original(name, torch.float32)
-    rewrite = bda_fx.rewrite(program)
-    assert not rewrite.report.skipped
-    assert all(s.noise <= 2.0 for s in rewrite.report.rewritten)
-    ratio = relative_error(last_hidden(rewrite.program, kwargs), truth) / own
+    """The planner finds a basis within its budget everywhere, and so is the model as a whole."""
+    ratio = noise_ratio(name, torch.float32, {})
+    print(f"{name} default options: noise ratio {ratio:.3f}")
     assert ratio <= tolerances.NOISE_RATIO["full"][torch.float32]
+
+
+def test_first_rows_are_noisy() -> None:
+    """Negative control: the measure tells a bad basis from a good one."""
+    ratio = noise_ratio("minilm", torch.float32, {"basis": "first", "basis_size": "full"})
+    assert ratio > 2 * tolerances.NOISE_RATIO["full"][torch.float32]

@@ -1,0 +1,189 @@
+"""Noise of rewritten models, by basis choice and dtype, on real weights and real inputs.
+
+    python benchmarks/noise.py [--quick]
+
+Noise ratio: relative RMS error of the rewritten model's last hidden state against a float64 run of
+the model, over the original's own error in the same dtype. Two truths are used:
+
+* "own": the float64 run has the dtype's own rounded weights, and the rewrite starts from them, as
+  for a user who has a bf16 model. The original then has no weight rounding at all.
+* "float32": the float64 run has the float32 weights; the model and the rewritten weights are both
+  rounded to the dtype from float32, as for a user who converts at the end.
+
+Writes ``results/noise.json`` and ``results/noise.md`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from models import minilm, rxnfp, sentences  # noqa: E402
+
+import bda_fx  # noqa: E402
+from bda_fx.evaluate_float64 import evaluate_float64  # noqa: E402
+from bda_fx.fidelity import relative_error  # noqa: E402
+from bda_fx.passes.canonicalize import canonicalize_module  # noqa: E402
+
+BASES: tuple[tuple[str, Any], ...] = (
+    ("first", "full"),
+    ("residual-min", "full"),
+    ("window", "full"),
+    ("pivot", "full"),
+    ("pivot", 15 / 16),
+    ("pivot", 7 / 8),
+    ("auto", "auto"),
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+REACTIONS = (
+    "CC(=O)O.OCC>>CC(=O)OCC.O",
+    "CCO.CC(=O)Cl>>CC(=O)OCC.Cl",
+    "Nc1ccccc1.CC(=O)OC(C)=O>>CC(=O)Nc1ccccc1.CC(=O)O",
+    "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2ccccc2)cc1",
+    "CC(C)=O.[BH4-].[Na+]>>CC(C)O",
+    "O=C(O)c1ccccc1.OC>>COC(=O)c1ccccc1.O",
+    "C=CC=C.C=C>>C1=CCCCC1",
+    "CC(=O)c1ccccc1.NO>>CC(=NO)c1ccccc1.O",
+)
+
+
+def text_batch(tokenizer: Any, count: int) -> dict[str, torch.Tensor]:
+    """Real sentences, tokenised."""
+    return dict(tokenizer(sentences(count), return_tensors="pt", padding=True, truncation=True))
+
+
+def reaction_batch(count: int) -> dict[str, torch.Tensor]:
+    """Real reactions, tokenised by atoms with the model's own vocabulary."""
+    import re
+
+    from models import package_directory
+
+    vocabulary = (package_directory("rxnfp") / "models/transformers/bert_ft/vocab.txt").read_text()
+    number = {token: i for i, token in enumerate(vocabulary.splitlines())}
+    atom = r"(\[[^\]]+]|Br?|Cl?|[NOSPFIbcnosp]|[().=#+\\/:~@?*$-]|>>?|%\d{2}|\d)"
+    rows = [
+        [
+            number["[CLS]"],
+            *(number.get(t, number["[UNK]"]) for t in re.findall(atom, r)),
+            number["[SEP]"],
+        ]
+        for r in REACTIONS[:count]
+    ]
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [number["[PAD]"]] * (width - len(row)) for row in rows])
+    return {"input_ids": padded, "attention_mask": (padded != number["[PAD]"]).long()}
+
+
+def measure(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], quick: bool
+) -> list[dict[str, Any]]:
+    """One row per basis choice and dtype."""
+    rows = []
+    exact_programs = {}
+    for dtype in DTYPES:
+        rounded = copy.deepcopy(model).to(dtype)
+        exact_programs[dtype] = canonicalize_module(rounded, (), batch).exported
+        truths = {
+            "own": evaluate_float64(exact_programs[dtype], (), batch)[0],
+            "float32": evaluate_float64(exact_programs[torch.float32], (), batch)[0],
+        }
+        with torch.no_grad():
+            ours = rounded(**batch)[0]
+        for basis, size in BASES:
+            options = {"basis": basis, "basis_size": size}
+            row: dict[str, Any] = {"basis": basis, "size": size, "dtype": str(dtype)[6:]}
+            sources = (
+                {"own": rounded}
+                if quick or dtype == torch.float32
+                else {"own": rounded, "float32": model}
+            )
+            for truth, source in sources.items():
+                rewrite = bda_fx.rewrite(source, (), batch, options=options)
+                program = rewrite.program
+                if truth == "float32":
+                    program = rounded_program(rounded, batch, program, options)
+                with torch.no_grad():
+                    theirs = program.module()(**batch)[0]
+                row[truth] = relative_error(theirs, truths[truth]) / relative_error(
+                    ours, truths[truth]
+                )
+            row["saved"] = saved(rewrite.report)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def rounded_program(
+    rounded: torch.nn.Module, batch: dict[str, torch.Tensor], precise: Any, options: dict[str, Any]
+) -> Any:
+    """The dtype's program with derived weights that were computed from float32 and rounded once."""
+    program = bda_fx.rewrite(rounded, (), batch, options=options).program
+    with torch.no_grad():
+        for name, value in program.state_dict.items():
+            if name in precise.state_dict and precise.state_dict[name].shape == value.shape:
+                value.copy_(precise.state_dict[name])
+    return program
+
+
+def saved(report: bda_fx.Report) -> float:
+    """Share of the K/V projections' parameters that is saved."""
+    before = sum(s.params_before or 0 for s in report.rewritten)
+    after = sum(s.params_after or 0 for s in report.rewritten)
+    return 1 - after / before
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> str:
+    """One line per basis choice, one column per dtype and truth."""
+    columns = [(d, t) for d in ("float32", "float16", "bfloat16") for t in ("own", "float32")]
+    columns = [(d, t) for d, t in columns if any(r["dtype"] == d and t in r for r in rows)]
+    lines = [
+        f"### {name}",
+        "",
+        "| basis | r | saved | " + " | ".join(f"{d}, truth {t}" for d, t in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for basis, size in BASES:
+        mine = [r for r in rows if (r["basis"], r["size"]) == (basis, size)]
+        cells = []
+        for dtype, truth in columns:
+            value = next((r.get(truth) for r in mine if r["dtype"] == dtype), None)
+            cells.append("" if value is None else f"{value:.2f}")
+        size_name = size if isinstance(size, str) else f"{size:.4g} D"
+        lines.append(
+            f"| {basis} | {size_name} | {100 * mine[0]['saved']:.1f} % | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few short inputs: shows that it runs")
+    quick = parser.parse_args().quick
+    model, tokenizer = minilm()
+    results = {
+        "MiniLM-L6": measure(model, text_batch(tokenizer, 2 if quick else 16), quick),
+        "rxnfp": measure(rxnfp(), reaction_batch(2 if quick else 8), quick),
+    }
+    text = "\n\n".join(table(name, rows) for name, rows in results.items())
+    print(text)
+    if not quick:
+        (HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results/noise.md").write_text(text + "\n")
+        record = {"torch": torch.__version__, "device": "cpu", "results": results}
+        (HERE / "results/noise.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
