@@ -103,6 +103,8 @@ def _canonical(
             f"args is a tuple of example inputs, got {type(args).__name__}: "
             "write (x,) for one input"
         )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs is a mapping of example inputs, got {type(kwargs).__name__}")
     try:
         program = canonicalize_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     except StepError:

@@ -95,7 +95,14 @@ def _compile(
         parameters = [args[i] for i in weights]
         if any(p.is_inference() for p in parameters):
             return original("parameters made under inference_mode have no version counter", args)
-        derived = derived_weights.lookup(parameters)
+        try:
+            with step("transform weights"):
+                derived = derived_weights.lookup(parameters)
+        except StepError as error:
+            if options.strict:
+                raise
+            warnings.warn(f"{error}. The original graph runs instead.", stacklevel=2)
+            return original(str(error), args)
         if derived is None:
             return original("these weights do not meet the noise budget at the graph's size", args)
         return compiled(*derived, *[args[i] for i in live])

@@ -60,6 +60,10 @@ def step(name: str) -> Iterator[None]:
     except StepError:
         raise
     except Exception as error:
+        from torch._dynamo.exc import RestartAnalysis
+
+        if isinstance(error, RestartAnalysis):  # no failure: Dynamo will trace once more
+            raise
         raise StepError(name, error) from error
 
 

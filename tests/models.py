@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from tests.unit.real_weights import _package
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 B, S, T, VOCAB = 2, 7, 5, 99
 """Batch, tokens, decoder tokens, vocabulary of the tiny models."""
 
@@ -44,8 +47,7 @@ class Case:
 
 def make(case: Case) -> Example:
     """The tiny model of ``case``; the same weights and inputs at every call."""
-    transformers_needed = case.architecture not in ("mha", "encoder")
-    if transformers_needed:
+    if case.architecture not in ("mha", "encoder"):
         pytest.importorskip("transformers")
     state = torch.random.get_rng_state()
     try:
@@ -341,7 +343,3 @@ def rxnfp() -> nn.Module:
 def rxnfp_vocabulary() -> dict[str, int]:
     path = _package("rxnfp") / "models" / "transformers" / "bert_ft" / "vocab.txt"
     return {token: at for at, token in enumerate(path.read_text().splitlines())}
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

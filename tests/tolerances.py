@@ -50,6 +50,7 @@ def program(conditions: list[float]) -> float:
     """
     return SOFTMAX_GAIN * sum(identity(condition) for condition in conditions)
 
+
 FLOAT64_PIVOT = 1e-12
 """Relative error in float64 of a whole model rewritten on pivoted bases. Their conditions stay below
 100 at the sizes tested, so that this is ``identity(100)``; it is the promise made to users."""
@@ -58,6 +59,7 @@ FLOAT64_PIVOT = 1e-12
 def model(condition: float) -> float:
     """The same for any basis, from the largest condition of the model's sites."""
     return identity(condition)
+
 
 NOISE_RATIO: dict[object, dict[torch.dtype, float]] = {
     "full": {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0},
@@ -84,3 +86,12 @@ def zip_record(name: int) -> int:
     a data descriptor of 24, and padding that puts the data at a multiple of 64.
     """
     return 30 + 46 + 2 * (name + 28) + 24 + 64 + 4
+
+
+FLOAT64_FRESH = 1e-9
+"""Relative error in float64 of a compiled model after its weights changed. Roundoff is below
+``program`` of conditions up to 10⁴, so 1e-9; a weight that was not seen to change is off by more than
+``STALE``."""
+
+STALE = 1e-4
+"""What the weight changes of the tests do to the output, at least (asserted): 10⁵ times the above."""

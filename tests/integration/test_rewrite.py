@@ -62,6 +62,8 @@ assert not any(name.startswith("bda_fx.") for name in sys.modules)
 
 def test_loads_where_bda_fx_is_not_installed(tmp_path: Path) -> None:
     example = models.make(Case("bert", "sdpa"))
+    # A tuple comes out: transformers' output classes would have to be imported to load it.
+    example.kwargs["return_dict"] = False
     program = bda_fx.rewrite(example.model, (), example.kwargs, options=FULL).program
     path = saved(program, tmp_path / "rewritten.pt2")
     torch.save(example.kwargs, tmp_path / "inputs.pt")
@@ -87,14 +89,19 @@ def test_rxnfp_saves_a_quarter_of_k_and_v(
     """D / E = 64 / 256. A window needs no index; a scattered basis has E int64 indices a site."""
     rewrite = bda_fx.rewrite(rxnfp, options={"basis": basis, "basis_size": "full"})
     assert len(rewrite.report.rewritten) == 24
-    old_file, new_file = saved(rxnfp, tmp_path / "old.pt2"), saved(rewrite.program, tmp_path / "new")
+    old_file, new_file = (
+        saved(rxnfp, tmp_path / "old.pt2"),
+        saved(rewrite.program, tmp_path / "new"),
+    )
     old, new = weight_bytes(old_file), weight_bytes(new_file)
     names = [site.name for site in rewrite.report.rewritten]
     before = sum(old[name] for name in names)
     coefficients = sum(size for name, size in new.items() if name.endswith("_coefficients"))
     index = sum(size for name, size in new.items() if name.endswith(("_rows", "_rest")))
     saving = 1 - coefficients / before
-    print(f"rxnfp {basis}: K and V {-100 * saving:.3f} %, index tensors {100 * index / before:.3f} %")
+    print(
+        f"rxnfp {basis}: K and V {-100 * saving:.3f} %, index tensors {100 * index / before:.3f} %"
+    )
     assert not set(names) & set(new)
     assert saving == pytest.approx(0.25, abs=0.001)
     assert index == (0 if basis == "window" else 24 * 256 * 8)
@@ -103,26 +110,18 @@ def test_rxnfp_saves_a_quarter_of_k_and_v(
     assert sum(new.values()) == rewrite.report.bytes_after
     shrunk = old_file.stat().st_size - new_file.stat().st_size
     promised = rewrite.report.bytes_before - rewrite.report.bytes_after
-    slack = container_bytes(old_file) + container_bytes(new_file)
-    print(f"rxnfp {basis}: file −{shrunk:,} bytes, report −{promised:,}")
-    assert abs(shrunk - promised) <= slack
-    assert promised > 2_000_000
+    grown = container_bytes(new_file)[0] - container_bytes(old_file)[0]
+    print(f"rxnfp {basis}: file −{shrunk:,}, report −{promised:,}, graph as text {grown:+,} bytes")
+    headers = max(container_bytes(old_file)[1], container_bytes(new_file)[1])
+    assert abs(shrunk - (promised - grown)) <= headers
 
 
-def container_bytes(path: Path) -> int:
-    """Everything in the file that is no weight: the graph as JSON, zip headers, alignment."""
-    return path.stat().st_size - sum(weight_bytes(path).values())
-
-
-def test_container_is_what_zip_and_graph_need(rxnfp: ExportedProgram, tmp_path: Path) -> None:
-    """Beside weights a file holds the graph and, per record, two headers and alignment."""
-    path = saved(rxnfp, tmp_path / "old.pt2")
+def container_bytes(path: Path) -> tuple[int, int]:
+    """Bytes of the records that are no weight (the graph as text), and at most of zip headers."""
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-    weights = sum(weight_bytes(path).values())
-    graph = sum(info.compress_size for info in infos) - weights
-    headers = sum(tolerances.zip_record(len(info.filename)) for info in infos)
-    assert container_bytes(path) <= graph + headers + tolerances.ZIP_END
+    text = sum(info.compress_size for info in infos) - sum(weight_bytes(path).values())
+    return text, tolerances.ZIP_END + sum(tolerances.zip_record(len(i.filename)) for i in infos)
 
 
 def dynamic_encoder() -> tuple[ExportedProgram, bda_fx.Rewrite]:
@@ -159,9 +158,7 @@ def test_dynamic_masked_transformer() -> None:
     example = models.make(Case("bert", "sdpa"))
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     shapes = {"input_ids": free, "attention_mask": free}
-    rewrite = bda_fx.rewrite(
-        example.model, (), example.kwargs, dynamic_shapes=shapes, options=FULL
-    )
+    rewrite = bda_fx.rewrite(example.model, (), example.kwargs, dynamic_shapes=shapes, options=FULL)
     assert len(rewrite.report.rewritten) == 4
     longer = {name: value.repeat(2, 3) for name, value in example.kwargs.items()}
     with torch.no_grad():

@@ -68,7 +68,7 @@ def test_noise_budget(value: object) -> None:
 
 
 def test_products_is_no_string() -> None:
-    text = 'products is a sequence, got the string \'qk\': write ("qk",)'
+    text = "products is a sequence, got the string 'qk': write (\"qk\",)"
     with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
         Options.of({"products": "qk"})
 
