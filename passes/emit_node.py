@@ -40,10 +40,15 @@ def emit(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any)
 
 
 def innermost_frame(trace: str) -> str:
-    """The last frame of a stack trace: saved programs store one trace for each node."""
+    """The user's innermost frame of a stack trace: saved programs store a trace for each node."""
     lines = trace.rstrip().splitlines()
     starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
-    return "\n".join(lines[starts[-1] :]) if starts else trace
+    if not starts:
+        return trace
+    ends = [*starts[1:], len(lines)]
+    frames = ["\n".join(lines[a:b]) for a, b in zip(starts, ends, strict=True)]
+    own = [frame for frame in frames if "/torch/" not in frame.splitlines()[0]]
+    return (own or frames)[-1]
 
 
 def fake_value(node: fx.Node, mode: FakeTensorMode | None) -> Any:

@@ -54,8 +54,8 @@ class Attention(nn.Module):
     """q, k, v, o linears around an attention core.
 
     ``core``: "sdpa" or "spelled". ``gqa``: how key heads are repeated: "repeat_interleave",
-    "expand" or "enable_gqa". ``change(q, k, v, x)`` may alter the heads [B, heads, tokens, D] before
-    they are repeated, ``scores(s)`` the scores, ``finish(module, out)`` replaces the output linear.
+    "expand" or "enable_gqa". ``change(q, k, v, x)`` may alter the heads [B, heads, tokens, D]
+    before they are repeated, ``scores(s)`` the scores, ``finish(module, out)`` replaces the output linear.
     """
 
     def __init__(
@@ -97,8 +97,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.split(self.q(x), self.heads)
-        return q, self.split(self.k(memory), self.kv_heads), self.split(
-            self.v(memory), self.kv_heads
+        return (
+            q,
+            self.split(self.k(memory), self.kv_heads),
+            self.split(self.v(memory), self.kv_heads),
         )
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Any:
@@ -240,6 +242,4 @@ def assert_close(got: Any, expected: Any, bound: float) -> None:
 
 
 def _double(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

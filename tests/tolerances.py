@@ -52,8 +52,8 @@ def program(conditions: list[float]) -> float:
 
 
 FLOAT64_PIVOT = 1e-12
-"""Relative error in float64 of a whole model rewritten on pivoted bases. Their conditions stay below
-100 at the sizes tested, so that this is ``identity(100)``; it is the promise made to users."""
+"""Relative error in float64 of a whole model rewritten on pivoted bases. Their conditions stay
+below 100 at the sizes tested, so this is ``identity(100)``; it is the promise made to users."""
 
 
 def model(condition: float) -> float:
@@ -65,14 +65,14 @@ NOISE_RATIO: dict[object, dict[torch.dtype, float]] = {
     "full": {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0},
     15 / 16: {torch.float32: 1.5, torch.float16: 1.35, torch.bfloat16: 1.35},
 }
-"""Error of a rewritten model over the original's own, both against float64, by basis size and dtype.
-The promise to users: at most twice the model's own rounding error with a full pivoted basis. A
-basis of 15/16 D is better conditioned: 1.2 … 1.4 measured (the table in README), and the chance of
-the roundings moves a ratio of two such norms by a few per cent."""
+"""Error of a rewritten model over its own, both against float64, by basis size and dtype. The
+promise to users: at most twice the model's own rounding error with a full pivoted basis. One of
+15/16 D is better conditioned: 1.2 … 1.3 measured on the same weights before the pass was written
+(the design's table; 1.4 in float32), and chance moves a ratio of such norms by a few per cent."""
 
 FLOAT32_MODEL = 1e-5
-"""Relative difference in float32 of a tiny model and its rewrite. Each has its own rounding error of
-a few times 2⁻²⁴ √E per layer (1e-6 for the 2 layers of width 32 tested) and the rewrite may have
+"""Relative difference in float32 of a tiny model and its rewrite. Each has its own rounding error,
+a few times 2⁻²⁴ √E per layer (1e-6 for the 2 layers of width 32 tested), and the rewrite may have
 twice as much; three times the sum. A wrong weight gives 1e-2 and more."""
 
 ZIP_END = 256
@@ -90,8 +90,8 @@ def zip_record(name: int) -> int:
 
 FLOAT64_FRESH = 1e-9
 """Relative error in float64 of a compiled model after its weights changed. Roundoff is below
-``program`` of conditions up to 10⁴, so 1e-9; a weight that was not seen to change is off by more than
-``STALE``."""
+``program`` of conditions up to 10⁴, so 1e-9; a weight that was not seen to change is off by more
+than ``STALE``."""
 
 STALE = 1e-4
-"""What the weight changes of the tests do to the output, at least (asserted): 10⁵ times the above."""
+"""What the weight changes of the tests do to the output, at least (asserted): 10⁵ times as much."""

@@ -47,7 +47,7 @@ SMILES_TOKEN = re.compile(
 
 
 def sentences() -> list[str]:
-    """Twenty-four sentences of English: of a licence where the system has one, of Python otherwise."""
+    """Twenty-four English sentences: of a licence if the system has one, else of Python."""
     path = LICENSES / "GPL-3"
     text = path.read_text() if path.exists() else f"{re.__doc__} {Path.__doc__} {str.__doc__}"
     words = " ".join(text.split())

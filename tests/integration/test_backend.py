@@ -141,9 +141,9 @@ class TestManyModules:
             fast = compiled(layer)
             with torch.no_grad():
                 assert_close(fast(example()), layer(example()))
-            assert 0 < rewrites.entries <= 5
+            assert 0 < rewrites.entries <= 11
             del layer, fast
-            if seed % 4 == 3:
+            if seed % 10 == 9:
                 gc.collect()
         torch._dynamo.reset()
         gc.collect()

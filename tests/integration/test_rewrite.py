@@ -178,7 +178,7 @@ def test_the_original_is_left_alone() -> None:
 
 
 def test_rewriting_twice_is_legal() -> None:
-    """What was rewritten is an ordinary program: it may be rewritten again, or refused, but runs."""
+    """What was rewritten is an ordinary program: it may be rewritten again, or not, and runs."""
     example = models.make(Case("bert", "sdpa"))
     once = bda_fx.rewrite(example.model, (), example.kwargs, options=FULL).program
     twice = bda_fx.rewrite(once, options=FULL).program

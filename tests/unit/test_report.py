@@ -90,9 +90,8 @@ def test_markdown_is_one_table() -> None:
     header, rule, rewritten, skipped = lines[2:]
     columns = header.count("|")
     assert rule.count("|") == rewritten.count("|") == columns
-    assert (
-        rewritten
-    ) == "| layer.0.key.weight | qk | 8/4 × 6 | 6 of 20 | pivot 5 | 1.23 | 12 | 504 → 404 |"
+    cells = ["layer.0.key.weight", "qk", "8/4 × 6", "6 of 20", "pivot 5", "1.23", "12", "504 → 404"]
+    assert rewritten == f"| {' | '.join(cells)} |"
     assert skipped.count("|") == columns
     assert skipped.startswith("| matmul_1 | vo | skipped: returned by the program (at output) |")
 
