@@ -13,16 +13,22 @@ from bda_fx.passes.canonicalize import Program
 MAX_INDEX = 1 << 20  # constant indices up to this many elements are looked at
 
 
+UNKNOWN_SIZE = 3  # stands for a size that depends on data and has no example
+
+
 def choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
     """The example's sizes, and a second set for dynamic dimensions: a finding must hold at both."""
-    symbols: dict[Any, int] = {}
-    for node in graph.find_nodes(op="placeholder"):
+    first: dict[Any, int] = {}
+    second: dict[Any, int] = {}
+    for node in graph.nodes:
         value = node.meta.get("val")
         for dim in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(dim, torch.SymInt):
-                expression = dim.node.expr
-                if expression.is_Symbol and dim.node.has_hint():
-                    symbols[expression] = int(dim.node.hint)
+                known = dim.node.shape_env
+                for symbol in dim.node.expr.free_symbols - set(first):
+                    size = int(known.backed_var_to_val.get(symbol, UNKNOWN_SIZE))
+                    first[symbol] = size
+                    second[symbol] = _another_size(size, known.var_to_range.get(symbol))
 
     def at(assignment: dict[Any, int]) -> Callable[[Any], int]:
         def size(value: Any) -> int:
@@ -32,9 +38,15 @@ def choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
 
         return size
 
-    if not symbols:
-        return [at({})]
-    return [at(symbols), at({s: 2 * n for s, n in symbols.items()})]
+    return [at(first)] if first == second else [at(first), at(second)]
+
+
+def _another_size(size: int, allowed: Any) -> int:
+    """Twice the size, which keeps most divisibilities, or another one in the allowed range."""
+    if allowed is None or 2 * size <= allowed.upper:
+        return 2 * size
+    smaller = size - 1
+    return smaller if smaller >= max(2, allowed.lower) else size
 
 
 def index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:

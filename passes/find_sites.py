@@ -188,7 +188,10 @@ def _build(
             for port, found in heads[kv].items():
                 for partner in found:
                     partners[port].append((tuple(where[f][2] for f in partner), group))
-        contractions = sorted({c for kv in order for f in kv for c in labelling.contractions[f]})
+        taken = {f for kv in order for f in kv}
+        contractions = sorted(
+            {p.contraction for p in labelling.products if p.kind == product and p.features & taken}
+        )
         sites.append(
             Site(
                 product,

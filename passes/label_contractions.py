@@ -186,8 +186,6 @@ class Contractions(Tracker):
             block[1].append(q_list[d])
         for kv, partner in blocks.values():
             self.found.meets.setdefault((tuple(kv), tuple(partner)), set()).add(kind)
-            for feature in kv:
-                self.found.contractions.setdefault(feature, set()).add(node.name)
 
     def pass_through(self, node: fx.Node, v: Labels, shape: tuple[int, ...]) -> Value:
         """v [*, n, c] is mixed over c: its features come out along the last axis of ``shape``."""

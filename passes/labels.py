@@ -79,7 +79,6 @@ class Labelling:
     meets: dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
-    contractions: dict[int, set[str]] = field(default_factory=dict)
 
 
 class Sources:

@@ -55,7 +55,8 @@ class Attention(nn.Module):
 
     ``core``: "sdpa" or "spelled". ``gqa``: how key heads are repeated: "repeat_interleave",
     "expand" or "enable_gqa". ``change(q, k, v, x)`` may alter the heads [B, heads, tokens, D]
-    before they are repeated, ``scores(s)`` the scores, ``finish(module, out)`` replaces the output linear.
+    before they are repeated, ``scores(s)`` the scores, ``finish(module, out)`` replaces the
+    output linear.
     """
 
     def __init__(

@@ -95,3 +95,7 @@ than ``STALE``."""
 
 STALE = 1e-4
 """What the weight changes of the tests do to the output, at least (asserted): 10⁵ times as much."""
+
+FLOAT32_PRODUCT = 20 * 2.0**-24
+"""Relative error between two spellings of one float32 product of inner size 20: each sums 20
+terms, in an order of its own, and rounds each partial sum."""

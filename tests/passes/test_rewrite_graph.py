@@ -28,20 +28,14 @@ from tests.programs import (
 
 PLAIN_OPS = {
     "aten.linear.default", "aten.index_select.default", "aten.slice.Tensor", "aten.cat.default",
-    "aten.view.default", "aten.add.Tensor", "aten.unsqueeze.default", "aten.constant_pad_nd.default",
-    "aten.expand.default", "aten.clone.default", "aten.sym_size.int",
+    "aten.view.default", "aten.add.Tensor", "aten.unsqueeze.default", "aten.expand.default",
+    "aten.constant_pad_nd.default", "aten.clone.default", "aten.sym_size.int",
 }  # fmt: skip
 
 
-def rewritten(
-    model: nn.Module, *args: Any, dynamic: bool = False, **options: Any
-) -> ExportedProgram:
-    shapes = {"x": {1: torch.export.Dim.DYNAMIC}, "memory": None} if dynamic else None
-    if shapes is not None and len(args or (0,)) < 2:
-        shapes.pop("memory")
-    result = bda_fx.rewrite(
-        model, args or (example(),), dynamic_shapes=shapes, options={**FULL, **options}
-    )
+def rewritten(model: nn.Module, *, dynamic: bool = False, **options: Any) -> ExportedProgram:
+    shapes = {"x": {1: torch.export.Dim.DYNAMIC}} if dynamic else None
+    result = bda_fx.rewrite(model, (example(),), dynamic_shapes=shapes, options={**FULL, **options})
     assert result.report.rewritten
     return result.program
 
