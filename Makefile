@@ -48,10 +48,12 @@ check: test  ## the same as test
 bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/overhead.py
 
 bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/noise.py --quick
+	$(BIN)/python benchmarks/overhead.py --quick
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
