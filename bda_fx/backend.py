@@ -49,6 +49,9 @@ def bda_backend(
             "compiled. Call it under torch.no_grad() or torch.inference_mode() to use BD attention."
         )
         return inner(module, example_inputs)
+    if uses_autocast(module, example_inputs):
+        log.warning("bda_fx: autocast chooses dtypes op by op, so the original graph is compiled")
+        return inner(module, example_inputs)
     try:
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
@@ -63,6 +66,19 @@ def bda_backend(
             raise
         warnings.warn(f"{error}. The original graph is compiled instead.", stacklevel=2)
         return inner(module, example_inputs)
+
+
+def uses_autocast(module: fx.GraphModule, example_inputs: list[Any]) -> bool:
+    """Whether autocast is on around the graph or inside of it.
+
+    Autocast gives a linear another dtype than its inputs, but not the adds and gathers that a
+    rewrite puts beside it, so the rewritten graph would have other dtypes than the original.
+    """
+    devices = {x.device.type for x in example_inputs if isinstance(x, Tensor)} - {"meta"}
+    entered = torch.amp.autocast_mode._enter_autocast
+    return any(torch.is_autocast_enabled(device) for device in devices) or any(
+        node.target is entered for node in module.graph.nodes
+    )
 
 
 def _compile(

@@ -20,6 +20,8 @@ import bda_fx
 import bda_fx.backend as backend
 import bda_fx.pipeline as pipeline
 from tests import tolerances
+from tests.programs import Attention as SmallAttention
+from tests.programs import example as small_example
 
 B, S, E, H, D = 2, 5, 24, 4, 6
 EAGER = {"inner": "eager", "basis_size": "full"}
@@ -493,6 +495,7 @@ STEPS = [
     (backend, "canonicalize_dynamo", "canonicalize"),
     (pipeline, "normalize_linears", "normalize linears"),
     (pipeline, "find_sites", "find sites"),
+    (pipeline, "find_folds", "find folds"),
     (pipeline, "plan_sites", "plan sites"),
     (pipeline, "transform_weights", "transform weights"),
     (pipeline, "rewrite_graph", "rewrite graph"),
@@ -578,3 +581,20 @@ def test_failure_at_a_call_raises_when_strict(monkeypatch: pytest.MonkeyPatch) -
         model.k.weight.mul_(1.5)
         with pytest.raises(bda_fx.StepError, match="transform weights failed"):
             fast(x)
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast_runs_the_original(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = SmallAttention()
+
+    class Inside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return model(x)
+
+    chosen = model if where == "around" else Inside()
+    compiled = torch.compile(chosen, backend="bda", options={"inner": "aot_eager", "strict": True})
+    around = torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around")
+    with torch.no_grad(), around:
+        assert torch.equal(compiled(small_example()), chosen(small_example()))
+    assert "autocast" in caplog.text
