@@ -9,6 +9,9 @@ from typing import Any
 
 BASES = ("auto", "pivot", "window", "residual-min", "first")
 PRODUCTS = ("qk", "vo")
+SIDES = ("auto", "kv")
+CACHES = ("skip",)
+PROFITABILITIES = ("always",)
 INNERS = ("inductor", "aot_eager", "eager")
 
 
@@ -28,6 +31,9 @@ class Options:
             an explicit size the budget is not enforced.
         noise_budget: largest predicted amplification of a site's own rounding noise (1.0 = none).
         products: which products to rewrite, of "qk" and "vo".
+        side: which side of a product becomes an identity; so far always "kv", which "auto" is.
+        kv_cache: what to do with keys and values that go into a cache; so far always "skip".
+        profitability: whether to look at speed; so far "always" rewrites what is legal and quiet.
         inner: the compiler that the backend hands the rewritten graph to.
         inner_options: its options; for "inductor" a config patch.
         strict: raise where the backend would fall back to the original graph with a warning.
@@ -37,12 +43,18 @@ class Options:
     basis_size: str | float = "auto"
     noise_budget: float = 2.0
     products: tuple[str, ...] = PRODUCTS
+    side: str = "auto"
+    kv_cache: str = "skip"
+    profitability: str = "always"
     inner: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
 
     def __post_init__(self) -> None:
         _choice("basis", self.basis, BASES)
+        _choice("side", self.side, SIDES)
+        _choice("kv_cache", self.kv_cache, CACHES)
+        _choice("profitability", self.profitability, PROFITABILITIES)
         _choice("inner", self.inner, INNERS)
         if isinstance(self.products, str):
             raise OptionError(
