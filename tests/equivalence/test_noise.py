@@ -99,7 +99,8 @@ def noise_ratio(name: str, dtype: torch.dtype, options: dict[str, Any]) -> float
 
 
 OVER = pytest.mark.xfail(
-    reason="1.37 measured on these reactions, 1.36 with their precursors in other orders"
+    reason="1.37 measured on these reactions, 1.36 with their precursors in other orders",
+    strict=False,  # another processor rounds otherwise, by more than what is missing
 )
 
 
