@@ -28,7 +28,9 @@ _HOME = {
     "SiteReport": "report",
     "StepError": "pipeline",
     "bda_backend": "backend",
+    "CacheConflict": "cache_bases",
     "invalidate": "derived_weights",
+    "register_attention": "attention_ops",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from bda_fx.api import Rewrite as Rewrite
     from bda_fx.api import analyze as analyze
     from bda_fx.api import rewrite as rewrite
+    from bda_fx.attention_ops import register_attention as register_attention
     from bda_fx.backend import bda_backend as bda_backend
+    from bda_fx.cache_bases import CacheConflict as CacheConflict
     from bda_fx.derived_weights import invalidate as invalidate
     from bda_fx.fidelity import Fidelity as Fidelity
     from bda_fx.fidelity import OutputFidelity as OutputFidelity

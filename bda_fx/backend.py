@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
-from bda_fx.passes.plan_sites import MAX_RESIDUAL
+from bda_fx.passes.fit_basis import MAX_RESIDUAL
 from bda_fx.passes.transform_weights import transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.report import report_of
@@ -38,6 +39,7 @@ def bda_backend(
 
     Raises:
         OptionError: an unknown option or a bad value.
+        CacheConflict: with an opaque cache, two graphs do not agree on what it holds.
         StepError: with ``strict=True``, when a step of the pipeline fails.
     """
     chosen = Options.of(options)
@@ -47,6 +49,7 @@ def bda_backend(
         _warn_once(
             "bda_fx: grad mode is on and parameters require grad, so the original model is "
             "compiled. Call it under torch.no_grad() or torch.inference_mode() to use BD attention."
+            + (" Do not hand its caches to calls that do." if chosen.kv_cache == "opaque" else "")
         )
         return inner(module, example_inputs)
     if uses_autocast(module, example_inputs):
@@ -55,15 +58,21 @@ def bda_backend(
     try:
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
+        inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
         outcome = transform(program, chosen, fixed_rows=False)
         log.info("%s", report_of(outcome.plan))
+        bases = bases_of(outcome.plan, outcome.roots)
+        agree(bases, dict(zip(inputs, example_inputs, strict=True)))
         if not outcome.plan.sites:
             return inner(module, example_inputs)
         with step("compile"):
-            return _compile(outcome, module, example_inputs, chosen, inner)
+            return _compile(outcome, module, example_inputs, chosen, inner, bases)
     except StepError as error:
         if chosen.strict:
             raise
+        if chosen.kv_cache == "opaque":  # whatever this graph caches is as the original has it
+            parameters = {str(id(x)): x for x in example_inputs if isinstance(x, nn.Parameter)}
+            agree(dict.fromkeys(parameters, ()), parameters)
         warnings.warn(f"{error}. The original graph is compiled instead.", stacklevel=2)
         return inner(module, example_inputs)
 
@@ -87,6 +96,7 @@ def _compile(
     example_inputs: list[Any],
     options: Options,
     inner: Callable[[fx.GraphModule, list[Any]], Compiled],
+    bases: Mapping[str, Any],
 ) -> Compiled:
     """Compile the rewritten graph and wrap it with the look-up of its derived weights."""
     graph = outcome.program.graph
@@ -104,7 +114,7 @@ def _compile(
 
     assert outcome.constants is not None
     weights = [names[root] for root in outcome.constants.roots]
-    derived_weights = DerivedWeights(_derivation(outcome, options))
+    derived_weights = DerivedWeights(_derivation(outcome, options, bases))
     original = _Original(module, options)
 
     def call(*args: Any) -> Any:
@@ -128,7 +138,7 @@ def _compile(
 
 
 def _derivation(
-    outcome: Outcome, options: Options
+    outcome: Outcome, options: Options, bases: Mapping[str, Any]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
     """From one module's parameters to the derived inputs, or None where they are unfit."""
     plan, constants = outcome.plan, outcome.constants
@@ -138,7 +148,12 @@ def _derivation(
     budget = options.noise_budget if options.basis_size == "auto" else float("inf")
 
     def compute(parameters: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        values = constants.evaluate(dict(zip(constants.roots, parameters, strict=True)))
+        by_root = dict(zip(constants.roots, parameters, strict=True))
+        derived = derive(constants.evaluate(by_root))
+        agree(bases if derived else dict.fromkeys(bases, ()), by_root)
+        return derived
+
+    def derive(values: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
         if not all(value.isfinite().all() for value in values.values()):
             return None
         transformed = transform_weights(plan, values, use_planned_rows=False)

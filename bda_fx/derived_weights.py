@@ -25,20 +25,23 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bda_fx.cache_bases import forget_bases
+
 PROBES = 8
 """Elements of each CPU parameter that are compared at every call."""
-
 _epoch = 0
 
 
 def invalidate() -> None:
     """Forget all derived weights; they are recomputed at the next call of each compiled model.
 
-    Needed after a write that PyTorch does not record (``p.data.mul_(2)``, a write through NumPy or
-    a kernel of one's own). Cheap; safe from any thread.
+    Forgets too in which basis opaque caches are: caches that were filled before must not be used
+    after. Needed after a write that PyTorch does not record (``p.data.mul_(2)``, a write through
+    NumPy or a kernel of one's own). Cheap; safe from any thread.
     """
     global _epoch
     _epoch += 1
+    forget_bases()
 
 
 @dataclass

@@ -34,6 +34,8 @@ class _Float64(fx.Interpreter):
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         args, kwargs = pytree.tree_map(_wide, (args, kwargs))
+        if target is torch.ops.aten.full.default and isinstance(args[1], float):
+            kwargs = {"dtype": torch.float64, **kwargs}
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 BASES = ("auto", "pivot", "window", "residual-min", "first")
 PRODUCTS = ("qk", "vo")
-SIDES = ("auto", "kv")
-CACHES = ("skip",)
+SIDES = ("auto", "kv", "qo")
+CACHES = ("skip", "opaque")
 PROFITABILITIES = ("always",)
 INNERS = ("inductor", "aot_eager", "eager")
 
@@ -31,8 +31,13 @@ class Options:
             an explicit size the budget is not enforced.
         noise_budget: largest predicted amplification of a site's own rounding noise (1.0 = none).
         products: which products to rewrite, of "qk" and "vo".
-        side: which side of a product becomes an identity; so far always "kv", which "auto" is.
-        kv_cache: what to do with keys and values that go into a cache; so far always "skip".
+        side: which side of a product is decomposed: "kv" the projections of keys and values, "qo"
+            those of queries and outputs; "auto" the one that saves more at the example's token
+            counts, and "kv" where both save the same.
+        kv_cache: "skip" leaves keys and values that go into a cache as they are. "opaque" is your
+            word that nobody but the model's own attention reads the cache: then it holds them in
+            the new basis, which is the same in every graph of the model. Every call that shares a
+            cache must then go through bda_fx.
         profitability: whether to look at speed; so far "always" rewrites what is legal and quiet.
         inner: the compiler that the backend hands the rewritten graph to.
         inner_options: its options; for "inductor" a config patch.

@@ -1,7 +1,7 @@
 """The pipeline, in one place: from a canonical program to a rewritten one, step by step.
 
     canonicalize → normalize linears → find sites → find folds → plan sites → transform weights
-                 → rewrite graph → restore spellings → check graph
+                 → rewrite graph → restore spellings → renew values → check graph
 
 Each step is one pass in ``bda_fx.passes``. A step that fails raises :class:`StepError`, which names
 it; the backend turns that into a fall-back, ``rewrite`` into an error.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from bda_fx.cache_bases import CacheConflict
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
@@ -23,6 +24,7 @@ from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
 from bda_fx.passes.plan_sites import Planning, plan_sites
 from bda_fx.passes.read_weights import Constants, constants_of, extract_constants
+from bda_fx.passes.renew_values import renew_values
 from bda_fx.passes.rewrite_graph import rewrite_graph
 from bda_fx.passes.sites import Plan
 from bda_fx.passes.transform_weights import transform_weights
@@ -50,6 +52,8 @@ class Outcome:
     """Keys of tensors that depend on the plan alone, not on the weights."""
     constants: Constants | None = None
     """How the weights that the plan reads follow from the original placeholders."""
+    roots: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Placeholders of each linear weight, where caches are opaque."""
 
 
 @contextlib.contextmanager
@@ -62,7 +66,8 @@ def step(name: str) -> Iterator[None]:
     except Exception as error:
         from torch._dynamo.exc import RestartAnalysis
 
-        if isinstance(error, RestartAnalysis):  # no failure: Dynamo will trace once more
+        # Dynamo will trace once more; a conflict must not end in a fall-back.
+        if isinstance(error, RestartAnalysis | CacheConflict):
             raise
         raise StepError(name, error) from error
 
@@ -72,13 +77,20 @@ def find_and_plan(program: Program, options: Options) -> Plan:
     with step("normalize linears"):
         normalize_linears(program)
     with step("find sites"):
-        found = find_sites(program)
+        opaque = options.kv_cache == "opaque"
+        found = find_sites(program, opaque_cache=opaque)
     with step("find folds"):
         folds = find_folds(program, found)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
         planning = Planning(
-            options.basis, options.basis_size, options.noise_budget, options.products
+            options.basis,
+            options.basis_size,
+            options.noise_budget,
+            options.products,
+            # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
+            side="kv" if opaque and options.side == "auto" else options.side,
+            share=not opaque,
         )
         return plan_sites(found, values, planning, folds)
 
@@ -89,10 +101,13 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
     ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
     """
     plan = find_and_plan(program, options)
+    roots = {}
+    if options.kv_cache == "opaque":
+        roots = {weight: extract_constants(program, [weight]).roots for weight in plan.linears}
     if not plan.sites:
         with step("restore spellings"):
             restore_spellings(program)
-        return Outcome(program, plan)
+        return Outcome(program, plan, roots=roots)
     with step("transform weights"):
         reads = constants_of((item.site for item in plan.sites), plan.folds)
         constants = extract_constants(program, reads)
@@ -102,6 +117,8 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
         rewritten = rewrite_graph(program, plan, transformed.tensors, fixed_rows=fixed_rows)
     with step("restore spellings"):
         restore_spellings(program)
+    with step("renew values"):
+        renew_values(program)
     with step("check graph"):
         check_graph(program)
     tensors = {**transformed.tensors, **rewritten.constants}
@@ -112,4 +129,5 @@ def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcom
         rewritten.inputs,
         frozenset(rewritten.constants),
         constants,
+        roots,
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from bda_fx.passes.sites import Plan, SitePlan, Skip
+from bda_fx.passes.sites import OUT, Plan, Site, SitePlan, Skip
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One attention product.
 
-    ``params`` and ``macs_per_token`` count the K or V projection of the site (weight and bias; the
-    partner keeps its size), ``params_after`` including index tensors of a scattered basis.
+    ``name`` is the weight that is decomposed (of keys or values, or of queries or outputs where
+    ``side`` is "qo"); ``params`` and ``macs_per_token`` count that projection alone, as its
+    partners keep their size, ``params_after`` with the index tensors of a scattered basis.
+    ``in_features`` is what the basis is picked from: the projection's inputs, or an output
+    projection's outputs.
+    ``module``, ``source`` and ``remedy`` say of a skip where it comes from and what can be done.
     ``noise`` is the predicted amplification of the site's own rounding noise, ``condition`` the
     2-norm condition of the worst head's change of basis. Fields that do not apply are None.
     """
@@ -43,6 +47,8 @@ class SiteReport:
     macs_per_token_before: int | None = None
     macs_per_token_after: int | None = None
     source: str | None = None
+    module: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Report:
         after = sum(s.params_after or 0 for s in self.rewritten)
         text = f"{len(self.rewritten)} of {len(self.sites)} attention products rewritten"
         if before:
-            text += f"; their K/V projections: {before:,} → {after:,} parameters"
+            text += f"; their decomposed projections: {before:,} → {after:,} parameters"
             text += f" ({100 * (after - before) / before:+.1f} %)"
         if self.bytes_before and self.bytes_after:
             text += f"; all weights: {self.bytes_before:,} → {self.bytes_after:,} bytes"
@@ -113,6 +119,9 @@ class Report:
             where = s.name or (s.contractions[0] if s.contractions else "?")
             if s.status == "skipped":
                 lines.append(f"  - {s.product} {where}: skipped, {s.reason}")
+                lines += [f"      in {s.module}"] if s.module else []
+                lines += [f"      {s.source}"] if s.source else []
+                lines += [f"      {s.remedy}"] if s.remedy else []
             else:
                 lines.append(
                     f"  + {s.product} {where}: {s.kv_heads} heads × {s.decomposed}, "
@@ -135,25 +144,16 @@ def report_of(
 
 def _rewritten(item: SitePlan, derived: Mapping[str, Tensor] | None) -> SiteReport:
     site = item.site
-    linear, features = site.linear, site.num_kv_heads * site.decomposed
-    before = features * linear.in_features
-    after = features * (linear.in_features - item.size)
-    bias = features if any(linear.biases) else 0
+    features = len(site.features) * site.decomposed
+    before = features * site.basis_features
+    after = features * (site.basis_features - item.size)
+    bias = features if site.axis == OUT and any(site.linear.biases) else 0
     index = 0
     if derived is not None:
         index = sum(t.numel() for key, t in derived.items() if key.startswith(f"{item.basis}_"))
-    widths = [len(head) for p in site.partners for head in p.features]
-    return SiteReport(
-        name=linear.name,
-        product=site.product,
+    return replace(
+        _describe(site),
         status="rewritten",
-        contractions=site.contractions,
-        side="kv",
-        heads=site.num_heads,
-        kv_heads=site.num_kv_heads,
-        head_dim=max(widths),
-        decomposed=site.decomposed,
-        in_features=linear.in_features,
         basis=item.strategy,
         basis_size=item.size,
         condition=item.condition,
@@ -165,14 +165,34 @@ def _rewritten(item: SitePlan, derived: Mapping[str, Tensor] | None) -> SiteRepo
     )
 
 
-def _skipped(skip: Skip) -> SiteReport:
+def _describe(site: Site) -> SiteReport:
+    """What a site is, whatever is done to it."""
+    widths = [len(head) for p in site.partners for head in p.features]
     return SiteReport(
+        name=site.linear.name,
+        product=site.product,
+        status="skipped",
+        contractions=site.contractions,
+        side=site.side,
+        heads=site.num_heads,
+        kv_heads=site.num_kv_heads,
+        head_dim=max(widths, default=site.decomposed),
+        decomposed=site.decomposed,
+        in_features=site.basis_features,
+    )
+
+
+def _skipped(skip: Skip) -> SiteReport:
+    known = _describe(skip.site) if skip.site else SiteReport(skip.name, skip.product, "skipped")
+    return replace(
+        known,
         name=skip.name,
         product=skip.product,
-        status="skipped",
         reason=skip.explain(),
         reason_code=skip.reason.name,
         node=skip.node,
         contractions=(skip.contraction,),
         source=skip.source or None,
+        module=skip.module or None,
+        remedy=skip.remedy or None,
     )

@@ -9,6 +9,8 @@ Leaves:   a :class:`Program` whose graph mutates nothing (input mutations are ``
 from __future__ import annotations
 
 import contextlib
+import copy
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,12 +21,29 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
+from bda_fx.passes import op_rules
+
 # Composite contractions; decomposed so that the finder sees movements around a bmm.
 COMPOSITES = ("einsum", "tensordot", "inner", "addbmm", "chain_matmul", "linalg_multi_dot")
+
+# Ops that write to running statistics, which their schemas do not say.
+_HIDDEN_WRITES = ("batch_norm", "instance_norm")
+# Aliasing composites with rules of their own; others are decomposed to what has rules.
+_FOLLOWED = op_rules.MOVES | op_rules.KEEPS | op_rules.METADATA | op_rules.MATMULS
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A node that ``normalize_linears`` spelled anew, by names."""
+
+    replacement: str
+    original: str
+    linear: str
+    """The linear node inside of the replacement."""
 
 
 @dataclass
@@ -37,8 +56,8 @@ class Program:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Placeholder → value, where there is one."""
     exported: ExportedProgram | None = None
-    spellings: list[tuple[str, str]] = field(default_factory=list)
-    """(replacement, original) nodes of ``normalize_linears``, until ``restore_spellings``."""
+    spellings: list[Spelling] = field(default_factory=list)
+    """What ``normalize_linears`` replaced, until ``restore_spellings``."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -60,9 +79,13 @@ def canonicalize_module(
 
 
 def canonicalize_exported(exported: ExportedProgram) -> Program:
-    """Functionalise an exported program and name its weights."""
-    with composite_attention(), torch.no_grad():
-        functional = exported.run_decompositions(_decompositions())
+    """Functionalise an exported program and name its weights; ``exported`` stays as it is."""
+    if is_canonical(exported.graph):
+        functional = _copied(exported)
+    else:
+        with composite_attention(), torch.no_grad():
+            functional = exported.run_decompositions(_decompositions())
+    _copy_exchanged_buffers(functional)
     mutated = set(functional.graph_signature.buffers_to_mutate.values())
     names, tensors = {}, {}
     for spec in functional.graph_signature.input_specs:
@@ -77,6 +100,76 @@ def canonicalize_exported(exported: ExportedProgram) -> Program:
     merge_tied_weights(program)
     merge_equal_constants(program)
     return program
+
+
+def is_canonical(graph: fx.Graph) -> bool:
+    """Whether every op of an exported graph is functional and needs no decomposition."""
+    plain: dict[Any, bool] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op != "call_function":
+            return False
+        if node.target not in plain:
+            plain[node.target] = _is_canonical_op(node.target)
+        if not plain[node.target]:
+            return False
+    return True
+
+
+def _is_canonical_op(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", None) in ("_operator", "math", "torch._sym_ops")
+    name = target._schema.name.partition("::")[2]
+    if target._schema.is_mutable or name in COMPOSITES:
+        return False
+    if any(hidden in name for hidden in _HIDDEN_WRITES):
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+    return not composite or not _aliases(target) or target in _FOLLOWED
+
+
+def _aliases(target: torch._ops.OpOverload) -> bool:
+    return any(value.alias_info for value in (*target._schema.arguments, *target._schema.returns))
+
+
+def _copied(exported: ExportedProgram) -> ExportedProgram:
+    """The same program with a graph of its own."""
+    graph = copy.deepcopy(exported.graph)
+    for node, original in zip(graph.nodes, exported.graph.nodes, strict=True):
+        node.name = original.name  # a copy renames what shadows a builtin, "input" for one
+    graph.eliminate_dead_code()
+    return ExportedProgram(
+        root=exported.graph_module,
+        graph=graph,
+        graph_signature=exported.graph_signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
+
+
+def _copy_exchanged_buffers(exported: ExportedProgram) -> None:
+    """A buffer that becomes another one's new value is copied before it is overwritten itself."""
+    graph, signature = exported.graph, exported.graph_signature
+    output = graph.output_node()
+    values = list(output.args[0])
+    for at, spec in enumerate(signature.output_specs):
+        value = values[at]
+        if spec.kind is OutputKind.BUFFER_MUTATION and value.op == "placeholder":
+            with graph.inserting_before(output):
+                values[at] = graph.call_function(torch.ops.aten.clone.default, (value,))
+            values[at].meta = dict(value.meta)
+            spec.arg = TensorArgument(values[at].name)
+    output.args = (tuple(values),)
+    exported.graph_module.recompile()
 
 
 def canonicalize_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
@@ -141,16 +234,26 @@ def merge_equal_constants(program: Program) -> None:
 
 
 def constant_nodes(program: Program) -> dict[str, fx.Node]:
-    """Weights and everything computed from weights alone, by node name."""
+    """Weights and everything computed from weights alone (lists of parts too), by node name.
+
+    What a linear makes of a learned input (latent queries, position embeddings) is not a constant:
+    the linear is a projection like any other.
+    """
     found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in program.names:
             found[node.name] = node
-        elif node.op == "call_function" and node.all_input_nodes:
+        elif (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and node.target not in op_rules.LINEAR
+        ):
+            part = node.target is operator.getitem
             pure = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             known = all(n.name in found for n in node.all_input_nodes)
-            if pure and known and not random and isinstance(node.meta.get("val"), Tensor):
+            value = node.meta.get("val")
+            if known and (part or pure) and not random and isinstance(value, Tensor | list | tuple):
                 found[node.name] = node
     return found
 

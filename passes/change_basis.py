@@ -65,27 +65,27 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     keep = torch.ones(e, dtype=torch.bool)
     keep[rows] = False
     rest = keep.nonzero().flatten()
-    top, below = heads[:, rows], heads[:, rest]
+    below = heads[:, rest]
     if bias is not None:
         below = torch.cat([below, bias.unsqueeze(1)], 1)
-    s = _complete(top, below, heads)
+    s = _complete(heads, rows, bias)[0]
     sizes = torch.linalg.svdvals(s)
     floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
     nonzero = sizes > floor
     smallest = torch.where(nonzero, sizes, torch.inf).amin(-1)
     condition = torch.where(nonzero.any(-1), sizes[:, 0] / smallest, 1.0)
     singular = ~nonzero.all(-1)
-    s_inv = torch.empty_like(s)
-    solved = torch.empty_like(below)
-    if (~singular).any():
-        full = s[~singular]
-        s_inv[~singular] = torch.linalg.inv(full)
-        solved[~singular] = torch.linalg.solve(full, below[~singular], left=False)
+    invertible = torch.where(singular[:, None, None], torch.eye(s.shape[1], dtype=s.dtype), s)
+    s_inv = torch.linalg.inv(invertible)
+    solved = torch.linalg.solve(invertible, below, left=False)
     if singular.any():
         s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
         solved[singular] = below[singular] @ s_inv[singular]
-    missing = (solved @ s - below).square().sum((1, 2)).sqrt()
-    scale = torch.cat([top, below], 1).norm(dim=(1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    missing = torch.baddbmm(below, solved, s, alpha=-1).norm(dim=(1, 2))
+    scale = heads.norm(dim=(1, 2))
+    if bias is not None:
+        scale = scale.hypot(bias.norm(dim=1))
+    scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
     return ChangeOfBasis(
         rows=rows,
         rest=rest,
@@ -98,18 +98,25 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     )
 
 
-def transform_query_side(
-    weight: Tensor, bias: Tensor | None, change: ChangeOfBasis, groups: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Q' = Q Sᵀ: ``weight`` [H, E₂, D], ``bias`` [H, D] of query heads served by ``groups`` [H]."""
-    s_t = change.s[groups].transpose(-1, -2)
-    moved = None if bias is None else (bias.double().unsqueeze(-2) @ s_t).squeeze(-2)
-    return weight.double() @ s_t, moved
+def complete_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> tuple[Tensor, float]:
+    """S [G, D, D] and its condition, as in ``change_basis`` but without C, at a tenth of its cost.
+
+    The condition is inf where some head lacks rank on the rows; the change of basis may be exact
+    even so, which ``change_basis`` tells.
+    """
+    return _complete(heads.double(), rows, None if bias is None else bias.double())
 
 
-def transform_output_side(weight: Tensor, change: ChangeOfBasis, groups: Tensor) -> Tensor:
-    """O' = S O: ``weight`` [H, D, F] of the query heads served by ``groups`` [H]."""
-    return change.s[groups] @ weight.double()
+def turn_vectors(
+    vectors: Tensor, change: ChangeOfBasis, groups: Tensor, *, against: bool
+) -> Tensor:
+    """``vectors`` [n, M, D] of the heads ``groups`` [n] in the new basis, float64.
+
+    ``against``: they meet the decomposed features (queries, outputs) and turn by Sᵀ, so that every
+    product stays; otherwise they turn along with them, by S⁻¹.
+    """
+    turn = change.s.mT if against else change.s_inv
+    return vectors.double() @ turn[groups]
 
 
 def decompose_product_rows(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,27 +150,34 @@ def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Te
     return basis.T, coefficients.T
 
 
-def _complete(top: Tensor, below: Tensor, heads: Tensor) -> Tensor:
-    """S [G, D, D]: the basis rows ``top`` [G, r, D] and scaled null-space directions under them."""
+def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
+    """S [G, D, D]: the basis rows W_B and scaled null-space directions under them.
+
+    Also the largest condition of any W_B, which S shares: inf where a head lacks rank on the rows.
+    """
+    top = heads[:, rows]
     r, d = top.shape[1:]
+    sizes = torch.linalg.svdvals(top)
+    largest = heads.norm(dim=(1, 2))
+    lacking = sizes[:, -1] <= RANK_TOLERANCE * largest
+    condition = float(torch.where(lacking, torch.inf, sizes[:, 0] / sizes[:, -1]).max())
     if r == d:
-        return top.clone()
+        return top, condition
     q, _ = torch.linalg.qr(top.transpose(1, 2), mode="complete")
     null = q[:, :, r:].transpose(1, 2)
-    sizes = torch.linalg.svdvals(top)
     scale = sizes.mean(-1)
-    largest = heads.norm(dim=(1, 2))
-    for head in (sizes[:, -1] <= RANK_TOLERANCE * largest).nonzero().flatten().tolist():
+    for head in lacking.nonzero().flatten().tolist():
         # W_B spans less than r directions: of the larger null space keep what the other rows need.
         _, values, basis = torch.linalg.svd(top[head])
         rank = int((values > RANK_TOLERANCE * largest[head]).sum())
         space = basis[rank:]
-        _, _, needed = torch.linalg.svd(below[head] @ space.T)
+        others = heads[head] if bias is None else torch.cat([heads[head], bias[head, None]])
+        _, _, needed = torch.linalg.svd(others @ space.T)
         null[head] = (needed @ space)[: d - r]
     scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
     # A direction's sign is free; fix it, so that equal weights always give equal results.
     signs = torch.gather(null, 2, null.abs().argmax(-1, keepdim=True)).sign()
-    return torch.cat([top, null * signs * scale[:, None, None]], 1)
+    return torch.cat([top, null * signs * scale[:, None, None]], 1), condition
 
 
 def _check_product(a: Tensor, rows: Tensor) -> None:

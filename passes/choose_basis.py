@@ -35,8 +35,9 @@ Shapes: G heads, E input features, D features per head, r basis size. All float6
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ STRATEGIES = ("pivot", "window", "residual-min", "first")
 
 RANK_TOLERANCE = 1e-6
 """Singular values below this times a head's largest are noise of float32 weights: not counted."""
+WELL_CONDITIONED = 1e-4
+"""Ratio of a Gram matrix's eigenvalues above which one pass orthonormalises to 1e-12."""
 REGULARISER = 1e-12
 """δ, added to Gram matrices of Y's rows (‖y‖ ≤ 1): keeps the volume of dependent rows off zero,
 and is 10⁴ times the rounding error of a Gram matrix in float64."""
@@ -57,6 +60,9 @@ MIN_GAIN = 1e-3
 """Exchanges stop when the best one lowers Σ_g J_g by less than this share (noise by half of it)."""
 MAX_EXCHANGES = 100
 """A bound on time; greedy starts settle within 5 to 15."""
+COARSE_LIMIT = 1e3
+"""Worst J up to which exchanges are scored in float32: the rounding error of an inverse Gram matrix
+is about J × 1e-7 relative, so a score is right to 1e-4 of itself."""
 SCORED_AT_ONCE = 1 << 18
 """Heads × E × r scored per batch: the working set stays in the processor's cache."""
 REFRESH_EVERY = 8
@@ -72,6 +78,8 @@ class _Heads:
 
     y: Tensor
     """[G, E, D] orthonormalised; zero columns where rank < D."""
+    energy: Tensor
+    """[G, E] ‖y_i‖²."""
     sizes: Tensor
     """[G, E] ‖y_i‖², bounded from below."""
     rank: Tensor
@@ -82,35 +90,76 @@ def choose_basis(heads: Tensor, size: int, strategy: str) -> Tensor:
     """Basis rows [size], ascending int64 on the CPU, for ``heads`` [G, E, D] (``y = x W``).
 
     Deterministic. Cost: O(G E D r) for the greedy pass, O(G r² (E + r)) for each exchange, and
-    O(G E r²) for all windows.
+    O(G E r²) for all windows. For several sizes of one projection use :class:`BasisSearch`.
 
     Raises:
         ValueError: an unknown strategy, a size that is not in 1 … min(D, E), inf or nan weights.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown basis strategy {strategy!r}: choose one of {list(STRATEGIES)}")
-    _, e, d = heads.shape
-    if not 1 <= size <= min(d, e):
-        raise ValueError(
-            f"basis size {size} for heads with {e} inputs and {d} features: "
-            f"choose between 1 and {min(d, e)}"
-        )
-    finite = heads.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(
-            f"weights of head {int((~finite).nonzero()[0])} hold inf or nan: "
-            "a basis needs finite weights, leave this projection as it is"
-        )
-    if strategy == "first" or size == e:
-        return torch.arange(size)
-    if strategy == "residual-min":
-        return _residual_min(heads.double(), size)
-    search = _prepare(heads)
-    if not len(search.y):
-        return torch.arange(size)
-    if strategy == "window":
-        return _best_window(search, size)
-    return _exchange(search, _greedy(search, size)).cpu()
+    return BasisSearch(heads, strategy).rows(size)
+
+
+class BasisSearch:
+    """Bases of several sizes for one projection; what they have in common is computed once.
+
+    ``rows(size)`` is ``choose_basis(heads, size, strategy)``, ``first_rows(size)`` what it starts
+    from: the same but for ``pivot``, where it is the greedy choice before any exchange.
+    """
+
+    def __init__(self, heads: Tensor, strategy: str) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"unknown basis strategy {strategy!r}: choose one of {list(STRATEGIES)}"
+            )
+        finite = heads.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"weights of head {int((~finite).nonzero()[0])} hold inf or nan: "
+                "a basis needs finite weights, leave this projection as it is"
+            )
+        self.heads, self.strategy = heads, strategy
+        self._greedy_rows: dict[tuple[bool, ...], Tensor] = {}
+
+    @functools.cached_property
+    def _search(self) -> _Heads:
+        return _prepare(self.heads)
+
+    def rows(self, size: int) -> Tensor:
+        """Basis rows [size], ascending int64 on the CPU."""
+        rows = self.first_rows(size)
+        if not self._pivots(size):
+            return rows
+        return _exchange(self._search, rows.to(self._search.y.device)).cpu()
+
+    def first_rows(self, size: int) -> Tensor:
+        """What ``rows`` starts from, at a fraction of its cost, [size]."""
+        _, e, d = self.heads.shape
+        if not 1 <= size <= min(d, e):
+            raise ValueError(
+                f"basis size {size} for heads with {e} inputs and {d} features: "
+                f"choose between 1 and {min(d, e)}"
+            )
+        if self.strategy == "first" or size == e:
+            return torch.arange(size)
+        if self.strategy == "residual-min":
+            return _residual_min(self.heads.double(), size)
+        if not len(self._search.y):
+            return torch.arange(size)
+        if self.strategy == "window":
+            return _best_window(self._search, size)
+        return self._greedy(size).cpu()
+
+    def _pivots(self, size: int) -> bool:
+        few = size == self.heads.shape[1] or self.strategy != "pivot"
+        return not few and len(self._search.y) > 0
+
+    def _greedy(self, size: int) -> Tensor:
+        """A smaller choice is the beginning of a larger one, as long as the same heads lack rank
+        for it."""
+        key = tuple((self._search.rank >= size).tolist())
+        known = self._greedy_rows.get(key)
+        if known is None or len(known) < size:
+            known = self._greedy_rows[key] = _greedy(self._search, size)
+        return known[:size]
 
 
 def obliqueness(heads: Tensor, rows: Tensor) -> Tensor:
@@ -123,18 +172,23 @@ def obliqueness(heads: Tensor, rows: Tensor) -> Tensor:
 
 
 def _prepare(heads: Tensor) -> _Heads:
-    """Orthonormalise each head's columns by its Gram matrix, twice: the second pass takes the
-    loss of orthogonality, eps × condition², back to eps."""
+    """Orthonormalise each head's columns by its Gram matrix: once more where the loss of
+    orthogonality, eps × condition², is worth it."""
     y = heads.double()
     y = y / y.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     for least in (RANK_TOLERANCE**2, 0.5):
-        energy, axes = torch.linalg.eigh(y.mT @ y)
-        kept = (energy > least * energy[:, -1:]) & (energy > 0)
-        y = y @ (axes * torch.where(kept, energy, torch.inf).rsqrt().unsqueeze(1))
+        spectrum, axes = torch.linalg.eigh(y.mT @ y)
+        kept = (spectrum > least * spectrum[:, -1:]) & (spectrum > 0)
+        y = y @ (axes * torch.where(kept, spectrum, torch.inf).rsqrt().unsqueeze(1))
+        if (spectrum[:, 0] > WELL_CONDITIONED * spectrum[:, -1]).all():
+            break
     rank = kept.sum(1)
-    y, rank = y[rank > 0], rank[rank > 0].double()
-    sizes = y.square().sum(-1).maximum(SHORT_ROW * rank.unsqueeze(1) / heads.shape[1])
-    return _Heads(y, sizes, rank)
+    if (rank == 0).any():
+        y, rank = y[rank > 0], rank[rank > 0]
+    rank = rank.double()
+    energy = y.square().sum(-1)
+    sizes = energy.maximum(SHORT_ROW * rank.unsqueeze(1) / heads.shape[1])
+    return _Heads(y, energy, sizes, rank)
 
 
 def _invert(search: _Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,33 +229,44 @@ def _greedy(search: _Heads, size: int) -> Tensor:
 
     The volume is that of the rows' directions; of the rows themselves in heads of rank < r, where
     a row that adds nothing must not gain by being short. With P = δ (δ + Y_Bᵀ Y_B)⁻¹ a row's
-    distance² from the span is y P yᵀ; P and the distances follow by Sherman-Morrison.
+    distance² from the span is y P yᵀ; P = 1 - Σ a aᵀ and the distances follow by Sherman-Morrison.
     """
     y = search.y
     g, _, d = y.shape
-    apart = y.square().sum(-1) + REGULARISER
+    by_feature = y.mT.contiguous()  # a product with one vector a head reads it in this order
+    apart = search.energy + REGULARISER
     length = search.sizes.log()[search.rank >= size].sum(0)
-    projector = torch.eye(d, dtype=y.dtype, device=y.device).repeat(g, 1, 1)
-    free = torch.ones_like(length, dtype=torch.bool)
-    rows = []
-    for _ in range(size):
+    directions = y.new_empty(g, size, d)
+    rows: list[int] = []
+    for step in range(size):
         score = apart.log().sum(0) - length
-        row = int(torch.where(free, score, -torch.inf).argmax())
+        score[rows] = -torch.inf
+        row = int(score.argmax())
         rows.append(row)
-        free[row] = False
-        away = torch.bmm(projector, y[:, row].unsqueeze(2)) / apart[:, row, None, None].sqrt()
-        projector.baddbmm_(away, away.mT, alpha=-1)
-        along = torch.bmm(y, away).squeeze(2)
-        apart = (apart - along.square()).clamp_min(REGULARISER)
+        earlier, here = directions[:, :step], y[:, row].unsqueeze(1)
+        away = here - here @ earlier.mT @ earlier
+        away /= apart[:, row, None, None].sqrt()
+        directions[:, step] = away.squeeze(1)
+        along = torch.bmm(away, by_feature).squeeze(1)
+        apart = apart.addcmul_(along, along, value=-1).clamp_min_(REGULARISER)
     return torch.tensor(rows, device=y.device)
 
 
 def _exchange(search: _Heads, rows: Tensor) -> Tensor:
-    """Exchange a basis row for another while that lowers Σ_g J_g. Returns the rows, ascending."""
+    """Exchange a basis row for another while that lowers Σ_g J_g. Returns the rows, ascending.
+
+    The candidates are scored in float32 unless the basis is too oblique for that; what an exchange
+    gains is computed in float64 before it is made.
+    """
     inverse, log_det = _invert(search, rows)
     noise = _judge(search, rows, inverse, log_det)
+    coarse = _Heads(*(getattr(search, f.name).float() for f in fields(search)))
+    products = coarse.y @ coarse.y[:, rows].mT
     for _ in range(MAX_EXCHANGES):
-        change = _changes(search, rows, noise, inverse)
+        if noise.max() > COARSE_LIMIT:
+            change = _changes(search, rows, noise, inverse)
+        else:
+            change = _changes(coarse, rows, noise.float(), inverse.float(), products)
         row, slot = divmod(int(change.argmin()), len(rows))
         trial = rows.clone()
         trial[slot] = row
@@ -210,10 +275,13 @@ def _exchange(search: _Heads, rows: Tensor) -> Tensor:
         if not after.sum() < (1 - MIN_GAIN) * noise.sum():
             break
         rows, noise = trial, after
+        products[:, :, slot] = (coarse.y @ coarse.y[:, row].unsqueeze(2)).squeeze(2)
     return rows.sort().values
 
 
-def _changes(search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor) -> Tensor:
+def _changes(
+    search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor, products: Tensor | None = None
+) -> Tensor:
     """[E, r]: change of Σ_g J_g when row i takes the place of basis row j.
 
     With C = Y Y_Bᵀ X the coefficients of all rows in the basis rows, X = (Y_B Y_Bᵀ + δ)⁻¹ with
@@ -221,22 +289,26 @@ def _changes(search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor) -> Te
     γ_ij = C_ij² + ρ_i² ω_j² (Gu and Eisenstat 1996), X by rank two (``_replace``), and
 
         k γ_ij ΔJ = ω_j² (Σ_b n_b C_ib² + n_i) - ρ_i² Σ_b n_b X_bj² - 2 C_ij (C diag(n_B) X)_ij.
+
+    ``products`` [G, E, r] are Y Y_Bᵀ, if known.
     """
     g, e, _ = search.y.shape
     r = len(rows)
     total = search.y.new_zeros(e, r)
+    if products is None:
+        products = search.y @ search.y[:, rows].mT
     for part in torch.arange(g).split(max(1, SCORED_AT_ONCE // (e * r))):
         span = slice(int(part[0]), int(part[-1]) + 1)
-        y, sizes, x, rank = search.y[span], search.sizes[span], inverse[span], search.rank[span]
-        products = y @ y[:, rows].mT
-        c = products @ x
+        sizes, x, rank = search.sizes[span], inverse[span], search.rank[span]
+        c = products[span] @ x
         omega = x.diagonal(dim1=1, dim2=2).unsqueeze(1)
-        apart = y.square().sum(-1) + REGULARISER - (c * products).sum(-1)
+        apart = search.energy[span] + REGULARISER - (c * products[span]).sum(-1)
         apart = apart.clamp_min(REGULARISER).unsqueeze(2)
         basis_sizes = sizes[:, rows].unsqueeze(2)
         weighted = basis_sizes * x
-        growth = c.square().addcmul_(apart, omega)
-        delta = omega * (c.square() @ basis_sizes + sizes.unsqueeze(2))
+        growth = c.square()
+        delta = omega * (growth @ basis_sizes + sizes.unsqueeze(2))
+        growth.addcmul_(apart, omega)
         delta -= apart * (x * weighted).sum(1, keepdim=True)
         delta.addcmul_(c, c @ weighted, value=-2).div_(growth * rank[:, None, None])
         for head in (rank < r).nonzero().flatten().tolist():

@@ -41,6 +41,15 @@ def choices_of_sizes(graph: fx.Graph) -> list[Callable[[Any], int]]:
     return [at(first)] if first == second else [at(first), at(second)]
 
 
+def example_size(value: Any) -> int:
+    """A size at the example's sizes."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    known = value.node.shape_env.backed_var_to_val
+    symbols = value.node.expr.free_symbols
+    return int(value.node.expr.subs({s: int(known.get(s, UNKNOWN_SIZE)) for s in symbols}))
+
+
 def _another_size(size: int, allowed: Any) -> int:
     """Twice the size, which keeps most divisibilities, or another one in the allowed range."""
     if allowed is None or 2 * size <= allowed.upper:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 EMITTED = "bda_fx_emitted"
 """Key in ``meta`` of nodes that a pass made; ``check_graph`` recomputes their fake values."""
+_GENERATED = re.compile(r'/torch/|"<')  # frames that are not the user's
 COPIED_META = ("nn_module_stack", "source_fn_stack", "torch_fn")
 
 
@@ -47,7 +49,9 @@ def innermost_frame(trace: str) -> str:
         return trace
     ends = [*starts[1:], len(lines)]
     frames = ["\n".join(lines[a:b]) for a, b in zip(starts, ends, strict=True)]
-    own = [frame for frame in frames if "/torch/" not in frame.splitlines()[0]]
+    own = [
+        f for f in frames if "/torch/" not in f.splitlines()[0] and '"<' not in f.splitlines()[0]
+    ]
     return (own or frames)[-1]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
-from bda_fx.passes.find_sites import constant_linears, weight_name
+from bda_fx.passes.find_linears import constant_linears, weight_name
 from bda_fx.passes.label_features import live_nodes
 from bda_fx.passes.op_rules import KEEPS, LINEAR, METADATA, overloads
 from bda_fx.passes.sites import Fold, Found, Linear
@@ -208,8 +208,9 @@ class _Region:
         """Linears that read x besides ``linear``; any other reader of the order is a refusal."""
         found: dict[str, Linear] = {}
         seen = set(self.features)
-        if self.producer is not None and x is self.producer[0]:
-            seen.add(x)
+        made = self.producer[0] if self.producer is not None else None
+        if made is not None and made.meta["val"].shape[-1] == self.width:
+            seen.add(made)  # the whole output is permuted, for all of its readers
         for node in seen:
             for user in node.users:
                 inside = user in self.features or user in self.invariant

@@ -14,33 +14,60 @@ Requires: ``normalize_linears``. Changes nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
+from bda_fx.passes.build_sites import build_sites
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.choose_sizes import choices_of_sizes, index_value
+from bda_fx.passes.emit_node import innermost_frame
+from bda_fx.passes.find_linears import constant_linears, overlapping_weights, roots_of
 from bda_fx.passes.label_features import label_features, live_nodes
-from bda_fx.passes.labels import FIRST_CAUSE, Cause, Labelling, Product
-from bda_fx.passes.op_rules import LINEAR
-from bda_fx.passes.resolve_meetings import Meets, resolve
-from bda_fx.passes.sites import VO, Found, Linear, Partner, Reason, Site, Skip
-from bda_fx.passes.track_features import Ports
+from bda_fx.passes.labels import FIRST_CAUSE, Cause, Labelling, Meets, Product
+from bda_fx.passes.op_rules import ATTENTION, LINEAR, MATMULS
+from bda_fx.passes.resolve_meetings import resolve
+from bda_fx.passes.sites import (
+    BOTH,
+    IN,
+    OUT,
+    QK,
+    REMEDIES,
+    VO,
+    Constant,
+    Found,
+    Linear,
+    Reason,
+    Site,
+    Skip,
+)
+from bda_fx.passes.track_features import Ports, Setting
 
-MIN_FEATURES = 2  # a head of one feature has nothing to change basis in
 
+def find_sites(program: Program, *, opaque_cache: bool = False) -> Found:
+    """Sites and skips of a canonical program; together they cover each attention product.
 
-def find_sites(program: Program) -> Found:
-    """Sites and skips of a canonical program; together they cover each attention product."""
+    ``opaque_cache``: keys and values may leave the program into a cache that only its own
+    attention reads.
+    """
     constants = constant_nodes(program)
     linears = constant_linears(program, constants)
-    ports = _lay_out(linears)
+    ports = Ports(linears)
     weight_of = {node: linear.weight for linear in linears.values() for node in linear.nodes}
     labellings = [
-        label_features(program.graph, weight_of, constants, ports, size, index_value(program, size))
+        label_features(
+            program.graph,
+            Setting(
+                weight_of, constants, program.names, ports, size, index_value(program, size),
+                opaque_cache,
+            ),
+        )
         for size in choices_of_sizes(program.graph)
-    ]
+    ]  # fmt: skip
     meets: Meets = defaultdict(set)
     touched: dict[int, Cause] = {}
     for labelling in labellings:
@@ -48,72 +75,67 @@ def find_sites(program: Program) -> Found:
             meets[pair] |= kinds
         touched = {**labelling.touched, **touched}
     touched.update(_tied(program, constants, linears, ports, touched))
-    resolve(meets, touched)
-    sites = _build(meets, touched, linears, ports, labellings[0])
-    return _account(sites, touched, labellings[0], linears, ports, program)
+    for weight, other in overlapping_weights(constants, linears).items():
+        for axis in (OUT, IN):
+            port = ports.of(weight, axis)
+            for feature in range(port.first, port.first + port.width):
+                touched.setdefault(feature, Cause(Reason.SHARED_WEIGHT, other))
+    leaving = {ports.owner(f).tensor for f in (*labellings[0].kept, *labellings[0].appended)}
+    cached = {tensor.weight for tensor in leaving if isinstance(tensor, Linear)}
+    if opaque_cache:
+        _lose_foreign_caches(meets, touched, labellings[0], ports, program)
+    sites = build_sites(resolve(meets, touched), touched, ports, labellings[0].products)
+    found = _account(sites, touched, labellings[0], ports, program)
+    return replace(found, cached=tuple(sorted(cached)), linears=tuple(sorted(linears)))
 
 
-def constant_linears(program: Program, constants: dict[str, fx.Node]) -> dict[str, Linear]:
-    """Every linear with a constant 2-d weight, keyed by the weight's node name."""
-    nodes: dict[str, list[fx.Node]] = defaultdict(list)
-    for node in program.graph.nodes:
-        if node.target not in LINEAR or not node.users:
+def _lose_foreign_caches(
+    meets: Meets, touched: dict[int, Cause], labelling: Labelling, ports: Ports, program: Program
+) -> None:
+    """Lose what leaves into a cache that is not seen to be that of a self-attention.
+
+    A self-attention's queries and keys are made from common inputs. The program that reads its
+    cache appends to it, so it holds the same weights and is rewritten alike. A cross-attention's
+    cache is read by programs without the weights of its keys and values, which would not know of
+    the change. And what is appended to but does not leave is no cache: those are keys and values of
+    the caller's own.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    common: set[fx.Node] = set()
+    for query, key in labelling.operands:
+        common |= made_from(query) & made_from(key)
+    for feature, where in labelling.kept.items():
+        linear = ports.owner(feature).tensor
+        if not isinstance(linear, Linear) or feature in labelling.appended:
             continue
-        weight, bias = (*node.args, None)[1:3]
-        known = weight.name in constants and (bias is None or bias.name in constants)
-        if known and weight.meta["val"].dim() == 2:
-            nodes[weight.name].append(node)
-    found = {}
-    for weight, users in nodes.items():
-        rows, columns = (int(s) for s in constants[weight].meta["val"].shape)
-        name = weight_name(constants[weight], program)
-        given = [(*n.args, None)[2] for n in users]
-        biases = tuple(bias.name if isinstance(bias, fx.Node) else None for bias in given)
-        found[weight] = Linear(name, weight, tuple(n.name for n in users), biases, columns, rows)
+        if not set().union(*(made_from(nodes[name]) for name in linear.nodes)) & common:
+            touched.setdefault(feature, Cause(Reason.RETURNED, where))
+    for feature, where in labelling.appended.items():
+        if feature not in labelling.kept:
+            touched.setdefault(feature, Cause(Reason.CACHED, where))
+
+
+def made_from(node: fx.Node, depth: int = 3) -> set[fx.Node]:
+    """Inputs of the linears that ``node`` comes from, up to ``depth`` of them in a row.
+
+    Contractions end the search: what comes from there belongs to other tokens.
+    """
+    found: set[fx.Node] = set()
+    level = [node]
+    for _ in range(depth):
+        inputs: list[fx.Node] = []
+        stack, seen = level, set(level)
+        while stack:
+            current = stack.pop()
+            if current.target in LINEAR:
+                inputs.append(current.args[0])  # type: ignore[arg-type]
+            elif current.target not in MATMULS and current.target not in ATTENTION:
+                fresh = [arg for arg in current.all_input_nodes if arg not in seen]
+                seen.update(fresh)
+                stack.extend(fresh)
+        found.update(inputs)
+        level = inputs
     return found
-
-
-def weight_name(node: fx.Node, program: Program) -> str:
-    """The parameter's name; expressions of it (slices, transposes of a slice) get a suffix."""
-    roots = _roots(node)
-    name = program.names[roots[0].name]
-    path, whole = node, True
-    while path.op != "placeholder":
-        whole &= path.meta["val"].numel() == path.all_input_nodes[0].meta["val"].numel()
-        path = path.all_input_nodes[0]
-    if whole and len(roots) == 1:
-        return name
-    siblings = [
-        n.name for n in program.graph.nodes if n.op == "call_function" and roots[0] in _roots(n)
-    ]
-    return f"{name}_part{siblings.index(node.name)}"
-
-
-def _roots(node: fx.Node) -> list[fx.Node]:
-    """The placeholders that a constant expression is made of."""
-    if node.op == "placeholder":
-        return [node]
-    found: dict[fx.Node, None] = {}
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            found[current] = None
-        stack.extend(current.all_input_nodes)
-    return list(found)
-
-
-def _lay_out(linears: dict[str, Linear]) -> Ports:
-    """Number all output features and input columns of all weights in one space."""
-    first_feature, first_column, at = {}, {}, 0
-    for weight, linear in linears.items():
-        first_feature[weight] = at
-        first_column[weight] = at + linear.out_features
-        at += linear.out_features + linear.in_features
-    return Ports(first_feature, first_column)
 
 
 def _tied(
@@ -126,151 +148,98 @@ def _tied(
     """Features of weights whose parameter is read by anything but a linear's weight argument."""
     readers: dict[fx.Node, fx.Node] = {}
     live = live_nodes(program.graph)
+    copied = _copied(ports, touched)
+    nodes = {name for linear in linears.values() for name in linear.nodes}
     for node in live:
         if node.name in constants or node.op == "placeholder":
             continue
-        is_linear = node.target in LINEAR and getattr(node.args[1], "name", None) in linears
+        is_linear = node.name in nodes
         for arg in node.all_input_nodes:
-            if arg.name in constants and not (is_linear and arg in node.args[1:3]):
-                for root in _roots(arg):
+            read = not (is_linear and arg in node.args[1:3]) and (arg.name, node.name) not in copied
+            if arg.name in constants and read:
+                for root in roots_of(arg):
                     readers.setdefault(root, node)
     found = {}
-    for weight, linear in linears.items():
-        for root in _roots(constants[weight]):
+    for weight in linears:
+        for root in roots_of(constants[weight]):
             if root in readers:
                 cause = Cause(Reason.SHARED_WEIGHT, readers[root].name)
-                first = ports.first_feature[weight]
-                for port in range(first, first + linear.out_features + linear.in_features):
-                    if port not in touched:
-                        found[port] = cause
+                for axis in (OUT, IN):
+                    port = ports.of(weight, axis)
+                    for feature in range(port.first, port.first + port.width):
+                        if feature not in touched:
+                            found[feature] = cause
     return found
 
 
-# -- sites ----------------------------------------------------------------------------------
-
-
-def _build(
-    meets: Meets,
-    touched: dict[int, Cause],
-    linears: dict[str, Linear],
-    ports: Ports,
-    labelling: Labelling,
-) -> list[Site]:
-    where: dict[int, tuple[Linear, str, int]] = {}
-    for weight, linear in linears.items():
-        for axis, first, width in (
-            ("out", ports.first_feature[weight], linear.out_features),
-            ("in", ports.first_column[weight], linear.in_features),
-        ):
-            where.update({first + i: (linear, axis, i) for i in range(width)})
-
-    # (product, weight of K or V, features per head) → head → partner heads by weight and axis
-    grouped: dict[Any, dict[tuple[int, ...], dict[Any, list[tuple[int, ...]]]]] = {}
-    for (kv, partner), kinds in meets.items():
-        for kv_part, partner_part in _by_linear(kv, partner, where):
-            linear = where[kv_part[0]][0]
-            other, axis, _ = where[partner_part[0]]
-            key = (min(kinds), linear.weight, len(kv_part))
-            ports_met = grouped.setdefault(key, {}).setdefault(kv_part, {})
-            ports_met.setdefault((other.weight, axis), []).append(partner_part)
-
-    sites = []
-    for (product, weight, width), heads in grouped.items():
-        if width < MIN_FEATURES:
-            for kv in heads:
-                for f in kv:
-                    touched.setdefault(f, Cause(Reason.NOTHING_SAVED, weight))
-            continue
-        order = sorted(heads)
-        local = tuple(tuple(where[f][2] for f in kv) for kv in order)
-        partners: dict[Any, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
-        for group, kv in enumerate(order):
-            for port, found in heads[kv].items():
-                for partner in found:
-                    partners[port].append((tuple(where[f][2] for f in partner), group))
-        taken = {f for kv in order for f in kv}
-        contractions = sorted(
-            {p.contraction for p in labelling.products if p.kind == product and p.features & taken}
-        )
-        sites.append(
-            Site(
-                product,
-                linears[weight],
-                local,
-                tuple(
-                    Partner(
-                        linears[w], axis, tuple(f for f, _ in found), tuple(g for _, g in found)
-                    )
-                    for (w, axis), found in partners.items()
-                ),
-                tuple(contractions),
-            )
-        )
-    return _without_chains(sites, touched, ports)
-
-
-def _by_linear(
-    kv: tuple[int, ...], partner: tuple[int, ...], where: dict[int, tuple[Linear, str, int]]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split a head whose features come from several linears: each part changes basis by itself."""
-    parts: dict[Any, tuple[list[int], list[int]]] = {}
-    for a, b in zip(kv, partner, strict=True):
-        part = parts.setdefault((where[a][0].weight, where[b][0].weight), ([], []))
-        part[0].append(a)
-        part[1].append(b)
-    return [(tuple(a), tuple(b)) for a, b in parts.values()]
-
-
-def _without_chains(sites: list[Site], touched: dict[int, Cause], ports: Ports) -> list[Site]:
-    """A weight whose columns are in one site and whose features in another keeps the first."""
-    by_columns = {p.linear.weight for s in sites for p in s.partners if p.axis == "in"}
-    kept = []
-    for site in sites:
-        rows = {site.linear.weight} | {p.linear.weight for p in site.partners if p.axis == "out"}
-        chained = rows & by_columns
-        if not chained:
-            kept.append(site)
-            continue
-        first = ports.first_feature[site.linear.weight]
-        for head in site.features:
-            for f in head:
-                touched.setdefault(first + f, Cause(Reason.CHAINED, min(chained)))
-    return kept
+def _copied(ports: Ports, touched: dict[int, Cause]) -> set[tuple[str, str]]:
+    """Reads (constant, reader) that a rewrite gives a copy of the constant of their own."""
+    found = set()
+    for port in ports.all:
+        constant = port.tensor
+        used = not any(f in touched for f in range(port.first, port.first + port.width))
+        if isinstance(constant, Constant) and used:
+            chain = (constant.node, *constant.path, constant.user)
+            found |= set(itertools.pairwise(chain))
+    return found
 
 
 def _account(
     sites: list[Site],
     touched: dict[int, Cause],
     labelling: Labelling,
-    linears: dict[str, Linear],
     ports: Ports,
     program: Program,
 ) -> Found:
     """One skip for every product that no site covers."""
-    covered: dict[str, set[int]] = defaultdict(set)
-    for site in sites:
-        first = ports.first_feature[site.linear.weight]
-        covered[site.product] |= {first + f for head in site.features for f in head}
+    covered: set[tuple[str, str]] = {
+        (contraction, product)
+        for site in sites
+        for contraction in site.contractions
+        for product in ((QK, VO) if site.product == BOTH else (site.product,))
+    }
     nodes = {node.name: node for node in program.graph.nodes}
-    owner = [(ports.first_feature[w], linear) for w, linear in linears.items()]
+    where = {p.contraction: nodes[p.contraction].meta for p in labelling.products}
+    places = {name: (module_of(meta), source_of(meta)) for name, meta in where.items()}
     skips, products = [], []
     for product in labelling.products:
         products.append((product.contraction, product.kind))
-        if product.features & covered[product.kind]:
+        if products[-1] in covered:
             continue
         cause = _cause_of(product, touched, labelling)
         name = ""
         if product.features:
-            low = min(product.features)
-            name = max((first, linear.name) for first, linear in owner if first <= low)[1]
-        source = nodes[product.contraction].meta.get("stack_trace") or ""
+            owner = ports.owner(min(product.features)).tensor
+            name = owner.name
+        remedy = REMEDIES.get(cause.reason, "")
+        if cause.reason is Reason.RETURNED and product.features & labelling.kept.keys():
+            remedy = REMEDIES[Reason.CACHED]
+        module, source = places[product.contraction]
         skips.append(
             Skip(
-                product.kind, product.contraction, cause.reason, cause.node, name,
-                source=source.strip().splitlines()[-1].strip() if source else "",
+                product.kind,
+                product.contraction,
+                cause.reason,
+                cause.node or product.contraction,
+                name,
+                source=source,
+                module=module,
+                remedy=remedy,
             )
-        )  # fmt: skip
-    return Found(tuple(sites), tuple(skips), tuple(products))
+        )
+    return Found(tuple(sites), tuple(skips), tuple(products), places=places)
+
+
+def source_of(meta: Mapping[str, Any]) -> str:
+    """File, line and text of the innermost frame of the user's that made a node."""
+    lines = innermost_frame(meta.get("stack_trace") or "").strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])
+
+
+def module_of(meta: Mapping[str, Any]) -> str:
+    """Path of the innermost module that made a node."""
+    stack = list((meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).removeprefix("L['self'].") if stack else ""
 
 
 def _cause_of(product: Product, touched: dict[int, Cause], labelling: Labelling) -> Cause:

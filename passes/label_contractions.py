@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
+from bda_fx.passes.label_meetings import Meetings, Operand
 from bda_fx.passes.labels import (
     FIRST_CAUSE,
     PLAIN,
@@ -15,39 +16,43 @@ from bda_fx.passes.labels import (
     ZERO,
     Cause,
     Labels,
-    Product,
+    Outer,
     Source,
     Value,
-    distinct_rows,
-    expand,
-    head_pairs,
-    merge_parts,
-    parts_of,
     repeat_heads,
     transposed,
 )
-from bda_fx.passes.sites import QK, VO, Reason
-from bda_fx.passes.track_features import Tracker
+from bda_fx.passes.sites import IN, OUT, QK, VO, Linear, Reason
 
-MAX_HEADS = 65536  # more distinct heads than this is a permutation per token, not a head layout
 _BADDBMM = rules.overloads("baddbmm.default")
 
 
-class Contractions(Tracker):
+class Contractions(Meetings):
     """Rules for linears, matrix products and fused attention."""
 
     def linear(self, node: fx.Node) -> Value:
         x = self.value(node.args[0])
-        weight = self.linears.get(node.name)
+        weight = self.setting.linears.get(node.name)
         if weight is None:
             return self.spoil(node)
+        if isinstance(x, int):
+            self.lose_columns(node, weight, x)
         if x == SCORES:
             return SCORES
         if isinstance(x, Source) and x.features is None:
+            self.lose_columns(node, weight, PLAIN)
             self.touch(x, Reason.READ_ELSEWHERE, node)
         elif isinstance(x, Source | Labels):
             self.meet_columns(node, weight, self.materialise(x))
-        return self.sources.new(self.shape(node), self.ports.first_feature[weight])
+        return self.sources.new(self.shape(node), self.ports.of(weight, OUT).first)
+
+    def lose_columns(self, node: fx.Node, weight: str, code: int) -> None:
+        """A weight that reads attention outputs elsewhere reads something else here."""
+        port = self.ports.of(weight, IN)
+        if isinstance(port.tensor, Linear) and len(port.tensor.nodes) > 1:
+            cause = Cause(Reason.NO_PROJECTION, node.name)
+            cause = self.cause(code) if code <= FIRST_CAUSE else cause
+            self.lose(range(port.first, port.first + port.width), cause)
 
     def meet_columns(self, node: fx.Node, weight: str, x: Labels) -> None:
         """A linear reads x [tokens, E]: attention outputs in it meet the linear's columns."""
@@ -55,13 +60,13 @@ class Contractions(Tracker):
             x.ids.reshape(-1, x.ids.shape[-1]),
             None if x.scale is None else x.scale.reshape(-1, x.ids.shape[-1]),
         )
-        derived = self.sources.derived(flat.ids)
-        plain = flat.ids[(flat.ids >= 0) & ~derived]
+        mixed = self.sources.mixed(flat.ids)
+        plain = flat.ids[(flat.ids >= 0) & ~mixed]
         self.touch_features(self.sources.distinct_features(plain), Reason.READ_ELSEWHERE, node)
         kv_heads, _ = self.heads(flat, node)
         if kv_heads is None:
             return
-        first = self.ports.first_column[weight]
+        first = self.ports.of(weight, IN).first
         columns = torch.arange(first, first + flat.ids.shape[-1])
         whole = torch.zeros_like(columns)
         for features, parts in kv_heads:
@@ -73,137 +78,126 @@ class Contractions(Tracker):
             self.touch(self.value(node.args[0]), Reason.ADDED, node)
         if len(a.meta["val"].shape) < 2 or len(b.meta["val"].shape) < 2:
             return self.spoil(node)
-        left = self.operand(a)
-        right = self.operand(b)
-        right = transposed(right)
-        return self.contract(node, left, right, self.value(a), self.value(b))
+        if any(isinstance(self.value(x), Outer) for x in (a, b)):
+            return self.meet_outer(node, a, b)
+        left, right = Operand(a, self.operand(a)), Operand(b, transposed(self.operand(b)))
+        return self.contract(node, left, right)
 
     def attention(self, node: fx.Node) -> Value:
-        """softmax(q kᵀ) v: a meeting and a passing in one node. q, k, v: [*, tokens, features]."""
-        q, k, v = (self.operand(arg) for arg in node.args[:3])
-        for arg in (*node.args[3:], *node.kwargs.values()):
-            self.touch(self.value(arg), Reason.COMPUTED, node)
-        if node.kwargs.get("enable_gqa"):
+        """softmax(q kᵀ) v: a meeting and a passing in one node, as its rule lays them out."""
+        rule = rules.ATTENTION[node.target]
+        places = [rule.argument(node, name) for name in (rule.q, rule.k, rule.v)]
+        for arg in node.all_input_nodes:
+            if arg not in places:
+                self.touch(self.value(arg), Reason.COMPUTED, node)
+        if any(not isinstance(place, fx.Node) for place in places):
+            return self.spoil(node)
+        q, k, v = (self.constant(arg, node) or self.operand(arg) for arg in places)
+        q, k, v = (rule.heads_first(t) for t in (q, k, v))
+        if rule.grouped and q.ids.shape[-3] % max(k.ids.shape[-3], 1) == 0:
             k, v = (repeat_heads(t, q.ids.shape[-3]) for t in (k, v))
-        self.meet(node, q, k)
+        self.meet(node, Operand(places[0], q), Operand(places[1], k))
+        self.note_cached(places[2])
         passed = transposed(v)
         lead = torch.broadcast_shapes(q.ids.shape[:-2], passed.ids.shape[:-2])
         out = self.pass_through(node, passed, (*lead, q.ids.shape[-2], passed.ids.shape[-2]))
+        if not isinstance(out, int):
+            out = rule.laid_out(self.materialise(out))
         result = node.meta["val"]
         return out if isinstance(result, Tensor) else [out, *[SCORES] * (len(result) - 1)]
 
     def operand(self, arg: Any) -> Labels:
         return self.materialise(self.value(arg), self.shape(arg))
 
-    def contract(self, node: fx.Node, left: Labels, right: Labels, a: Value, b: Value) -> Value:
-        """left [*, m, c] with right [*, n, c]."""
-        kinds = [self.sources.orientation(x.ids) for x in (left, right)]
-        scores = [isinstance(v, int) and v == SCORES for v in (a, b)]
+    def contract(self, node: fx.Node, a: Operand, b: Operand) -> Value:
+        """a [*, m, c] with b [*, n, c]."""
+        kinds = [self.sources.orientation(x.labels.ids) for x in (a, b)]
+        codes = [self.value(x.node) for x in (a, b)]
+        scores = [code == SCORES for code in codes]
         out = self.shape(node)
         if all(scores):
             return SCORES
         if scores[0] or kinds == ["opaque", "passes"]:
             if kinds[1] == "meets":
                 return self.spoil(node)
-            return self.pass_through(node, right, out)
+            self.note_cached(b.node)
+            return self.pass_through(node, b.labels, out)
         if scores[1] or kinds == ["passes", "opaque"]:
             if kinds[0] == "meets":
                 return self.spoil(node)
-            passed = self.pass_through(node, left, (*out[:-2], out[-1], out[-2]))
+            self.note_cached(a.node)
+            passed = self.pass_through(node, a.labels, (*out[:-2], out[-1], out[-2]))
             return passed if isinstance(passed, int) else transposed(self.materialise(passed))
-        plain = [isinstance(v, int) and v in (PLAIN, ZERO) for v in (a, b)]
-        if any(plain):
-            return self.spoil(node, Reason.READ_ELSEWHERE)
-        if "passes" in kinds or "mixed" in kinds:
-            self.found.products.append(self.product(node, QK, right.ids))
+        if any(isinstance(code, int) and code in (PLAIN, ZERO) for code in codes):
+            constant = None
+            outputs = any(bool(self.sources.mixed(x.labels.ids).any()) for x in (a, b))
+            if outputs:  # a projection by weights that are not one matrix
+                return self.spoil(node, Reason.NO_OUTPUT_LINEAR)
+            if kinds == ["meets", "opaque"]:
+                constant = self.constant(b.node, node)
+                b = Operand(b.node, transposed(constant)) if constant else b
+            elif kinds == ["opaque", "meets"]:
+                constant = self.constant(a.node, node)
+                a = Operand(a.node, constant) if constant else a
+            if constant is None and kinds == ["opaque", "opaque"]:
+                return self.neither_projected(node, a, b)
+            if constant is None:
+                return self.spoil(node, Reason.READ_ELSEWHERE)
+        elif kinds == ["passes", "passes"]:
+            return self.outer(node, a.labels, b.labels)
+        elif kinds in (["meets", "passes"], ["passes", "meets"]):
+            return self.weigh(node, a, b, kinds)
+        elif "passes" in kinds or "mixed" in kinds:
+            self.found.products.append(self.product(node, QK, b.labels.ids))
             self.spoil(node, Reason.MISMATCHED)
             return SCORES
-        self.meet(node, left, right)
+        self.meet(node, a, b)
         return SCORES
 
-    def product(self, node: fx.Node, kind: str, ids: Tensor) -> Product:
-        codes = [c for c in ids[ids < 0].unique().tolist() if c != ZERO]
-        return Product(
-            node.name, kind, frozenset(self.sources.distinct_features(ids)), self.merge(codes)
-        )
+    def weigh(self, node: fx.Node, a: Operand, b: Operand, kinds: list[str]) -> Value:
+        """One side's features are the weights with which the other side is mixed over tokens."""
+        weights, passing = (a, b) if kinds[1] == "passes" else (b, a)
+        self.found.products.append(self.product(node, QK, weights.labels.ids))
+        self.touch(weights.labels, Reason.COMPUTED, node)
+        out = self.shape(node)
+        if passing is b:
+            return self.pass_through(node, b.labels, out)
+        passed = self.pass_through(node, a.labels, (*out[:-2], out[-1], out[-2]))
+        return passed if isinstance(passed, int) else transposed(self.materialise(passed))
 
-    def meet(self, node: fx.Node, q: Labels, k: Labels) -> None:
-        """q [*, m, c] and k [*, n, c]: note which features meet, head by head."""
-        lead = torch.broadcast_shapes(q.ids.shape[:-2], k.ids.shape[:-2])
-        q, k = (expand(t, lead) for t in (q, k))
-        sides = [q, k]
-        counts = [len(self.sources.distinct_features(t.ids)) for t in sides]
-        swap = 0 < counts[0] < counts[1]  # the side with fewer heads is the key side
-        if swap:
-            sides.reverse()
-        product = self.product(node, QK, sides[1].ids)
-        if product.code == PLAIN and not product.features:
-            product = self.product(node, QK, sides[0].ids) if not counts[0] else product
-        self.found.products.append(product)
-        (q_heads, q_of), (k_heads, k_of) = (self.heads(t, node) for t in sides)
-        if q_heads is None or k_heads is None or q_of is None or k_of is None:
-            return
-        for i, g in head_pairs(q_of, k_of):
-            self.pair(node, QK, *q_heads[i], *k_heads[g])
+    def neither_projected(self, node: fx.Node, a: Operand, b: Operand) -> Value:
+        """A product of activations that no linear has made; by a constant it is none."""
+        if any(self.comes_from_constant(x.node) for x in (a, b)):
+            return self.spoil(node)
+        self.found.products.append(self.product(node, QK, b.labels.ids))
+        self.spoil(node)
+        return SCORES
 
-    def heads(
-        self, x: Labels, node: fx.Node
-    ) -> tuple[list[tuple[Tensor, Tensor]] | None, Tensor | None]:
-        """Distinct heads along the last axis of x [*, tokens, c], and each token's head.
+    # -- both sides mixed over tokens, before they meet (linear attention) ---------------------
 
-        A head is a vector of features (or codes) and of parts: features in one part belong to one
-        token of one source and carry one factor, so that a change of basis may mix them.
-        """
-        features, rows = self.sources.locate(x.ids)
-        parts = parts_of(rows, x.scale, x.ids)
-        keys = torch.cat([features, parts], -1)
-        flat = keys.reshape(-1, keys.shape[-1])
-        distinct, of = distinct_rows(flat)
-        if len(distinct) > MAX_HEADS:
-            self.touch(x, Reason.MISMATCHED, node)
-            return None, None
-        c = x.ids.shape[-1]
-        return [(row[:c], row[c:]) for row in distinct], of.view(keys.shape[:-1])
+    def outer(self, node: fx.Node, a: Labels, b: Labels) -> Value:
+        """a [*, m, tokens] and b [*, n, tokens]: every element is a feature of a and one of b."""
+        shape = self.shape(node)
+        left = self.spread(*self.mix(node, a), (*shape[:-2], shape[-1], shape[-2]))
+        right = self.spread(*self.mix(node, b), shape)
+        return Outer(transposed(self.materialise(left)), self.materialise(right))
 
-    def pair(
-        self, node: fx.Node, kind: str, q: Tensor, q_parts: Tensor, k: Tensor, k_parts: Tensor
-    ) -> None:
-        """Query head q meets key head k: record the blocks of features that may be mixed."""
-        for mine, other in ((q, k), (k, q)):
-            lost = (mine >= 0) & (other < 0) & (other != ZERO)
-            for code in other[lost].unique().tolist():
-                reason = Reason.NO_PROJECTION if code > FIRST_CAUSE else self.cause(code).reason
-                where = node.name if code > FIRST_CAUSE else self.cause(code).node
-                for feature in mine[lost & (other == code)].tolist():
-                    self.found.touched.setdefault(feature, Cause(reason, where))
-        both = ((q >= 0) & (k >= 0)).nonzero().flatten().tolist()
-        blocks: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-        q_list, k_list = q.tolist(), k.tolist()
-        q_part, k_part = q_parts.tolist(), k_parts.tolist()
-        for d in both:
-            block = blocks.setdefault((q_part[d], k_part[d]), ([], []))
-            block[0].append(k_list[d])
-            block[1].append(q_list[d])
-        for kv, partner in blocks.values():
-            self.found.meets.setdefault((tuple(kv), tuple(partner)), set()).add(kind)
-
-    def pass_through(self, node: fx.Node, v: Labels, shape: tuple[int, ...]) -> Value:
-        """v [*, n, c] is mixed over c: its features come out along the last axis of ``shape``."""
-        self.found.products.append(self.product(node, VO, v.ids))
-        if not (v.ids >= 0).any():
-            codes = v.ids.unique().tolist()
-            return self.merge([c for c in codes if c != SCORES])
-        features, rows = self.sources.locate(v.ids)
-        parts = parts_of(rows.transpose(-1, -2), transposed(v).scale, v.ids.transpose(-1, -2))
-        best = features.amax(-1)
-        same = ((features == best.unsqueeze(-1)) | (features == ZERO)).all(-1)
-        lost = features[~same.unsqueeze(-1).expand_as(features)].unique()
-        self.touch_features([f for f in lost.tolist() if f >= 0], Reason.MISMATCHED, node)
-        best = torch.where(same | (best < 0), best, self.code(Reason.MISMATCHED, node))
-        best = torch.where(best == SCORES, PLAIN, best)
-        part = merge_parts(parts)
-        lead, (m, n) = shape[:-2], shape[-2:]
-        best, part = (t.expand(*lead, n).unsqueeze(-2).expand(shape) for t in (best, part))
-        first = self.sources.next_id
-        row = torch.arange(torch.Size((*lead, m)).numel()).view(*lead, m, 1) * n + first
-        return self.sources.new(shape, -1, features=best.reshape(-1), rows=(row + part).reshape(-1))
+    def meet_outer(self, node: fx.Node, a: Any, b: Any) -> Value:
+        """Queries meet one side of an outer product; the features of the other side pass."""
+        values = [self.value(a), self.value(b)]
+        if all(isinstance(value, Outer | int) for value in values):
+            return self.spoil(node)
+        left = isinstance(values[0], Outer)
+        outer: Outer = values[0] if left else values[1]  # type: ignore[assignment]
+        sides = (outer.a, outer.b) if left else (transposed(outer.a), transposed(outer.b))
+        query = transposed(self.operand(b)) if left else self.operand(a)
+        kinds = [self.sources.orientation(side.ids) for side in sides]
+        if kinds not in (["meets", "passes"], ["passes", "meets"]):
+            return self.spoil(node)
+        key, value = sides if kinds[0] == "meets" else sides[::-1]
+        self.meet(node, Operand(b if left else a, query), Operand(a if left else b, key))
+        out = self.shape(node)
+        passed = self.pass_through(node, value, (*out[:-2], out[-1], out[-2]) if left else out)
+        if left and not isinstance(passed, int):
+            passed = transposed(self.materialise(passed))
+        return passed

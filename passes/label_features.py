@@ -19,39 +19,25 @@ Two kinds of contraction matter, both of a left [*, m, c] with a right operand [
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.label_contractions import Contractions
-from bda_fx.passes.labels import PLAIN, SCORES, ZERO, Labelling, Labels, Product, Source, Value
-from bda_fx.passes.run_moves import index_arguments, is_zero_fill, pads_with_values, run_move
+from bda_fx.passes.labels import PLAIN, ZERO, Labelling, Labels, Product, Source, Value
+from bda_fx.passes.run_moves import is_zero_fill
 from bda_fx.passes.sites import QK, VO, Reason
-from bda_fx.passes.track_features import Ports
+from bda_fx.passes.track_features import Setting
 
-_MULTIPLIES = rules.overloads("mul", "multiply")
 _DROPOUTS = rules.overloads("dropout", "feature_dropout", "alpha_dropout", "native_dropout")
 _NATIVE_DROPOUT = rules.overloads("native_dropout")
 
 
-def label_features(
-    graph: fx.Graph,
-    linears: Mapping[str, str],
-    constants: Mapping[str, Any],
-    ports: Ports,
-    size: Callable[[Any], int],
-    constant_value: Callable[[fx.Node], Tensor | None],
-) -> Labelling:
-    """Run ``graph`` on labels at one choice of sizes.
-
-    ``linears`` maps linear nodes to the node of their constant weight, ``constants`` holds the
-    names of all constant nodes, ``size`` makes a number of a SymInt, ``constant_value`` gives the
-    value of a small constant index (or None where it depends on data).
-    """
-    return _Labeller(linears, constants, ports, size, constant_value).run(graph)
+def label_features(graph: fx.Graph, setting: Setting) -> Labelling:
+    """Run ``graph`` on labels at one choice of sizes."""
+    return _Labeller(setting).label(graph)
 
 
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -67,7 +53,7 @@ def live_nodes(graph: fx.Graph) -> list[fx.Node]:
 class _Labeller(Contractions):
     """The walk over the graph, and the rules for everything but contractions."""
 
-    def run(self, graph: fx.Graph) -> Labelling:
+    def label(self, graph: fx.Graph) -> Labelling:
         live = live_nodes(graph)
         last_use: dict[fx.Node, fx.Node] = {}
         for node in live:
@@ -84,11 +70,11 @@ class _Labeller(Contractions):
 
     def execute(self, node: fx.Node) -> Value:
         if node.op == "output":
-            return self.spoil(node, Reason.RETURNED)
-        if node.op != "call_function" or node.name in self.constants:
+            return self.leave(node)
+        if node.op != "call_function" or self.is_constant(node):
             return PLAIN
         target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, torch._ops.HigherOrderOperator) and target not in rules.ATTENTION:
             self.note_nested(node)
         if target is operator.getitem:
             value = self.value(node.args[0])
@@ -102,6 +88,9 @@ class _Labeller(Contractions):
             (rules.LINEAR, self.linear),
             (rules.KEEPS, self.keep),
             (rules.MOVES, self.move),
+            (rules.CONVOLUTIONS, self.convolution),
+            (rules.WRITES, self.write),
+            (rules.STORES, self.leave),
             (rules.SCALES, self.scale),
             (rules.ADDS, self.add),
             (rules.MATMULS, self.matmul),
@@ -109,7 +98,53 @@ class _Labeller(Contractions):
         ):
             if target in ops:
                 rule = method
-        return rule(node) if rule else self.spoil(node)
+        return rule(node) if rule else self.unknown(node)
+
+    def unknown(self, node: fx.Node) -> Value:
+        """An op without a rule. One of the user's own that reads several projections may well be an
+        attention: it is reported as one."""
+        own = getattr(node.target, "namespace", "aten") not in ("aten", "prims", "higher_order")
+        features: set[int] = set()
+        read = 0
+        for arg in node.all_input_nodes if own else ():
+            value = self.values[arg]
+            if isinstance(value, Source | Labels):
+                features |= set(self.sources.distinct_features(self.materialise(value).ids))
+                read += 1
+        if read < 2:
+            return self.spoil(node)
+        code = self.code(Reason.UNKNOWN_OP, node)
+        self.found.products += [
+            Product(node.name, kind, frozenset(features), code) for kind in (QK, VO)
+        ]
+        return self.spoil(node, Reason.UNKNOWN_OP)
+
+    def convolution(self, node: fx.Node) -> Value:
+        self.spoil(node)
+        return PLAIN
+
+    def leave(self, node: fx.Node) -> Value:
+        """Features leave the program: as an output, or written into an input of it."""
+        for arg in node.all_input_nodes:
+            value = self.values[arg]
+            cached = isinstance(value, Source | Labels) and self.is_cached(arg)
+            if cached:
+                features = self.sources.distinct_features(self.materialise(value).ids)
+                self.found.kept.update(dict.fromkeys(features, node.name))
+            if not (cached and self.setting.opaque_cache):
+                self.touch(value, Reason.RETURNED, node)
+        return PLAIN
+
+    def is_cached(self, node: fx.Node) -> bool:
+        """Whether ``node`` is what attention reads as keys or values, moved at most."""
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in self.found.cached:
+                return True
+            if current.target in rules.MOVES or current.target in rules.KEEPS:
+                stack += current.all_input_nodes
+        return False
 
     def note_nested(self, node: fx.Node) -> None:
         """Attention inside the body of a higher-order op is not followed, but reported."""
@@ -119,7 +154,7 @@ class _Labeller(Contractions):
             if arg.op != "get_attr" or not isinstance(body, fx.GraphModule):
                 continue
             targets = {inner.target for inner in body.graph.nodes}
-            if targets & (rules.ATTENTION | rules.MATMULS):
+            if targets & (rules.ATTENTION.keys() | rules.MATMULS):
                 products = (Product(node.name, kind, frozenset(), code) for kind in (QK, VO))
                 self.found.products += [p for p in products if p not in self.found.products]
 
@@ -133,82 +168,3 @@ class _Labeller(Contractions):
             return self.spoil(node)
         value = self.value(node.args[0])
         return [value, PLAIN] if node.target in _NATIVE_DROPOUT else value
-
-    def move(self, node: fx.Node) -> Value:
-        nodes = node.all_input_nodes
-        tensors = [n for n in nodes if isinstance(n.meta.get("val"), Tensor)]
-        if all(isinstance(self.values[n], int) for n in tensors):
-            codes = [self.values[n] for n in tensors]
-            return codes[0] if len(set(codes)) == 1 else self.merge(codes)  # type: ignore[arg-type]
-        indices = index_arguments(node)
-        constants = {n: self.constant_value(n) for n in indices}
-        if any(v is None for v in constants.values()) or pads_with_values(node):
-            return self.spoil(node, Reason.DATA_DEPENDENT if indices else None)
-        inputs = {
-            n: self.materialise(self.values[n], self.shape(n))
-            for n in tensors
-            if n not in constants
-        }
-        scaled = any(v.scale is not None for v in inputs.values())
-
-        def run(pick: Callable[[Labels], Tensor], fill: int) -> Any:
-            def argument(n: fx.Node) -> Any:
-                if n in constants:
-                    return constants[n]
-                return pick(inputs[n]) if n in inputs else self.size(n.meta["val"])
-
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
-            return run_move(node.target, args, kwargs, fill)
-
-        try:
-            ids = run(lambda v: v.ids, ZERO)
-            scale: Any = run(lambda v: _scale_of(v), 0) if scaled else None
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            return self.spoil(node, Reason.UNPROVEN)
-        if isinstance(ids, Tensor):
-            return Labels(ids, scale)
-        return [Labels(x, scale[i] if scaled else None) for i, x in enumerate(ids)]
-
-    def scale(self, node: fx.Node) -> Value:
-        """Multiply by a factor; elements with equal factors stay in one class."""
-        left, right = (*node.args, None)[0:2]
-        value, factor = self.value(left), right
-        if isinstance(value, int) and node.target in _MULTIPLIES:
-            value, factor = self.value(right), left
-        other = self.value(factor)
-        if isinstance(value, int) or not isinstance(other, int):
-            return self.spoil(node)
-        if isinstance(value, list) or not node.meta["val"].dtype.is_floating_point:
-            return self.spoil(node)
-        labels = self.materialise(value)
-        # One number for all elements is a class too: features it leaves out have another.
-        classes = torch.zeros((), dtype=torch.int64)
-        if isinstance(factor, fx.Node) and isinstance(factor.meta["val"], Tensor):
-            shape = self.shape(factor)
-            if other == SCORES or len(shape) > labels.ids.dim():
-                return self.spoil(node)
-            classes = torch.arange(torch.Size(shape).numel()).view(shape)
-        ids, classes = torch.broadcast_tensors(labels.ids, classes)
-        old = 0 if labels.scale is None else labels.scale
-        salt = len(self.values)
-        return Labels(ids, (old * 1_000_003 + salt) * 1_000_003 + classes + 1)
-
-    def add(self, node: fx.Node) -> Value:
-        left, right = self.value(node.args[0]), self.value(node.args[1])
-        for value, other, number in ((left, right, node.args[1]), (right, left, node.args[0])):
-            nothing = (isinstance(other, int) and other == ZERO) or number == 0
-            if nothing and not isinstance(value, int) and value is left:
-                same = isinstance(value, Source | Labels) and (
-                    tuple(self.materialise(value).ids.shape) == self.shape(node)
-                )
-                return value if same else self.spoil(node)
-        if isinstance(left, Source | Labels) and isinstance(right, Source | Labels):
-            mine = self.sources.distinct_features(self.materialise(left).ids)
-            theirs = self.sources.distinct_features(self.materialise(right).ids)
-            if set(mine) & set(theirs):
-                return self.spoil(node, Reason.ROTATED)
-        return self.spoil(node)
-
-
-def _scale_of(value: Labels) -> Tensor:
-    return torch.zeros_like(value.ids) if value.scale is None else value.scale

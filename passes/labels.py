@@ -6,11 +6,12 @@ Codes (negative) stand for elements that carry no feature. Shapes: an operand of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bda_fx.passes.sites import Reason
 
@@ -18,6 +19,8 @@ ZERO = -1  # a constant zero: meets anything harmlessly
 PLAIN = -2  # an input, a constant, or computed from these alone
 SCORES = -3  # computed from a product of two activations
 FIRST_CAUSE = -4  # -4 - k: spoilt by causes[k]
+
+FIRST_SUM = 1 << 32  # numbers of sums of features, above those of features
 
 MAX_HEADS = 65536  # more distinct heads than this is a permutation per token, not a head layout
 
@@ -30,13 +33,18 @@ class Cause:
 
 @dataclass(frozen=True)
 class Source:
-    """A range of element ids: a linear's output, or (``features`` given) an attention output."""
+    """A range of element ids: a linear's output, or what was made of such elements.
+
+    Where ``features`` is given, every element has its own feature and row: attention outputs
+    (``mixed`` over tokens), sums, and caches that hold features of earlier calls.
+    """
 
     first: int
     shape: tuple[int, ...]
     first_feature: int
     features: Tensor | None = None
     rows: Tensor | None = None
+    mixed: bool = False
 
     @property
     def numel(self) -> int:
@@ -57,8 +65,27 @@ class Labels:
     ids: Tensor
     scale: Tensor | None = None
 
+    def swapped(self, a: int, b: int) -> Labels:
+        scale = None if self.scale is None else self.scale.transpose(a, b)
+        return Labels(self.ids.transpose(a, b), scale)
 
-Value = int | Source | Labels | list[Any] | None
+    def permuted(self, order: list[int]) -> Labels:
+        scale = None if self.scale is None else self.scale.permute(order)
+        return Labels(self.ids.permute(order), scale)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Elements that are products, summed over tokens, of a feature of ``a`` and one of ``b``."""
+
+    a: Labels
+    b: Labels
+
+
+Value = int | Source | Labels | Outer | list[Any] | None
+
+Meets = dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]]
+"""(features of a K or V head, what they meet in order) → the products in which they do."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +103,58 @@ class Labelling:
     """What one run over the graph found. Features and columns are numbers in one common space."""
 
     touched: dict[int, Cause] = field(default_factory=dict)
-    meets: dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]] = field(default_factory=dict)
+    meets: Meets = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
+    cached: set[fx.Node] = field(default_factory=set)
+    """Nodes between a K or V linear and its attention: the tensors that a cache may hold."""
+    operands: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    """What meets in each product of queries and keys."""
+    kept: dict[int, str] = field(default_factory=dict)
+    """Features that leave into a cache, and the node where they do."""
+    appended: dict[int, str] = field(default_factory=dict)
+    """Features that join those of earlier calls, and the node where they do."""
 
 
 class Sources:
-    """All sources of one run; ids are numbered through, so an id tells its source."""
+    """All sources of one run; ids are numbered through, so an id tells its source.
+
+    A sum of features is a feature too, numbered from ``FIRST_SUM``; ``terms`` resolves it.
+    """
 
     def __init__(self) -> None:
         self.all: list[Source] = []
+        self.sums: list[tuple[int, ...]] = []
+        self.numbers: dict[tuple[int, ...], int] = {}
 
     @property
     def next_id(self) -> int:
         return self.all[-1].first + self.all[-1].numel if self.all else 0
 
-    def new(self, shape: tuple[int, ...], first_feature: int, **derived: Tensor) -> Source:
-        self.all.append(Source(self.next_id, shape, first_feature, **derived))
+    def new(self, shape: tuple[int, ...], first_feature: int) -> Source:
+        self.all.append(Source(self.next_id, shape, first_feature))
         return self.all[-1]
+
+    def derive(self, features: Tensor, rows: Tensor, *, mixed: bool = False) -> Source:
+        """A source whose elements have these ``features`` (or codes) and token ``rows``."""
+        shape = tuple(features.shape)
+        made = Source(self.next_id, shape, -1, features.reshape(-1), rows.reshape(-1), mixed)
+        self.all.append(made)
+        return made
+
+    def sum_of(self, features: Iterable[int]) -> int:
+        """The number of a sum. The order of terms is kept: it tells which belong together."""
+        terms = tuple(dict.fromkeys(t for f in features for t in self.terms(f)))
+        if len(terms) == 1:
+            return terms[0]
+        if terms not in self.numbers:
+            self.numbers[terms] = FIRST_SUM + len(self.sums)
+            self.sums.append(terms)
+        return self.numbers[terms]
+
+    def terms(self, feature: int) -> tuple[int, ...]:
+        """The features of linears and constants that a feature is the sum of."""
+        return self.sums[feature - FIRST_SUM] if feature >= FIRST_SUM else (feature,)
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features (codes kept) and token rows of element ids."""
@@ -116,14 +177,15 @@ class Sources:
         return features, rows
 
     def distinct_features(self, ids: Tensor) -> list[int]:
+        """Features of linears and constants among the elements ``ids``."""
         features, _ = self.locate(ids.reshape(-1).unique())
-        return [f for f in features.unique().tolist() if f >= 0]
+        return sorted({t for f in features.unique().tolist() if f >= 0 for t in self.terms(f)})
 
-    def derived(self, ids: Tensor) -> Tensor:
+    def mixed(self, ids: Tensor) -> Tensor:
         """Which ids are elements of attention outputs."""
         found = torch.zeros_like(ids, dtype=torch.bool)
         for source in self.all:
-            if source.features is not None:
+            if source.mixed:
                 found |= (ids >= source.first) & (ids < source.first + source.numel)
         return found
 
@@ -145,7 +207,7 @@ class Sources:
 
 
 def transposed(x: Labels) -> Labels:
-    return Labels(x.ids.transpose(-1, -2), None if x.scale is None else x.scale.transpose(-1, -2))
+    return x.swapped(-1, -2)
 
 
 def expand(x: Labels, lead: tuple[int, ...]) -> Labels:
@@ -157,6 +219,17 @@ def repeat_heads(x: Labels, heads: int) -> Labels:
     times = heads // x.ids.shape[-3]
     scale = None if x.scale is None else x.scale.repeat_interleave(times, -3)
     return Labels(x.ids.repeat_interleave(times, -3), scale)
+
+
+def hashed(*parts: Tensor) -> Tensor:
+    """One number per element, equal where all ``parts`` are equal (and in practice only there)."""
+    generator = torch.Generator().manual_seed(len(parts))
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        multiplier = int(torch.randint(1 << 60, (1 << 61), (1,), generator=generator)) | 1
+        total = (total + part) * multiplier
+        total = total ^ (total >> 29)
+    return total
 
 
 def constant_along(x: Tensor, dim: int, ids: Tensor) -> bool:
@@ -179,7 +252,7 @@ def first_equal(keys: Tensor) -> Tensor:
 def parts_of(rows: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
     """Part numbers along the last axis: labelled elements of one token row and one factor."""
     labelled = ids >= 0
-    keys = rows if scale is None else rows * 1_000_003 + scale
+    keys = rows if scale is None else hashed(rows, scale.expand(rows.shape))
     lowest = torch.iinfo(torch.int64).min
     first = torch.where(labelled, keys, lowest).amax(-1, keepdim=True)
     if bool(((keys == first) | ~labelled).all()):

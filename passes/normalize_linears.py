@@ -3,12 +3,13 @@
     addmm(b, x, w)              →  linear(x, wᵀ, b)
     mm(x, w), matmul(x, w)      →  linear(x, wᵀ)
     mm(w, x), matmul(w, x)      →  linear(xᵀ, w)ᵀ
+    bmm(x, w expanded)          →  linear(x, wᵀ)                     (what core ATen leaves)
     bmm(x[1,·,·], w[1,·,·])     →  linear(x[0], w[0]ᵀ)[None]        (what einsum leaves)
     1×1 convolution             →  linear over x moved to channels-last, moved back
     linear(x, w) + b            →  linear(x, w, b)                   for a bias of shape [F]
 
 Requires: a functional ATen graph. Leaves: the original nodes in the graph, without users, and the
-pairs (replacement, original) in ``Program.spellings``; :func:`restore_spellings` puts the originals
+:class:`Spelling` of each in ``Program.spellings``; :func:`restore_spellings` puts the originals
 back for every linear that was not rewritten, so that a program changes at its sites alone.
 """
 
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bda_fx.passes.canonicalize import Program, constant_nodes
+from bda_fx.passes.canonicalize import Program, Spelling, constant_nodes
 from bda_fx.passes.emit_node import emit
 from bda_fx.passes.op_rules import overloads
 
 aten = torch.ops.aten
 _MATMULS = overloads("mm.default", "matmul.default")
 _BATCHED = overloads("bmm.default", "matmul.default")
+_VIEWS = overloads("view.default", "_unsafe_view", "reshape", "clone")
+_REPEATS = _VIEWS | overloads("expand", "unsqueeze")
 _ADDMM = overloads("addmm.default")
 _ADDS = overloads("add.Tensor")
 _CONVOLUTIONS = overloads("conv1d.default", "conv2d.default", "conv3d.default")
@@ -37,20 +40,22 @@ def normalize_linears(program: Program) -> None:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or node.name in constants:
             continue
+        speller = _Speller(program.graph, node, constants)
         with program.graph.inserting_before(node):
-            replacement = _Speller(program.graph, node, constants).spell()
+            replacement = speller.spell()
         if replacement is not None:
             node.replace_all_uses_with(replacement)
-            program.spellings.append((replacement.name, node.name))
-    program.module.recompile()
+            program.spellings.append(Spelling(replacement.name, node.name, speller.made))
+    if program.spellings:
+        program.module.recompile()
 
 
 def restore_spellings(program: Program) -> None:
-    """Put back the original node for every replacement that is still used."""
+    """Put back the original node wherever its linear was left as it is."""
     nodes = {node.name: node for node in program.graph.nodes}
-    for replacement, original in reversed(program.spellings):
-        if replacement in nodes and nodes[replacement].users:
-            nodes[replacement].replace_all_uses_with(nodes[original])
+    for spelling in reversed(program.spellings):
+        if spelling.linear in nodes and nodes[spelling.replacement].users:
+            nodes[spelling.replacement].replace_all_uses_with(nodes[spelling.original])
     program.spellings.clear()
     program.graph.eliminate_dead_code()
 
@@ -58,6 +63,8 @@ def restore_spellings(program: Program) -> None:
 class _Speller:
     def __init__(self, graph: fx.Graph, node: fx.Node, constants: set[str]) -> None:
         self.graph, self.node, self.constants = graph, node, constants
+        self.made = ""
+        """The linear that was emitted."""
 
     def spell(self) -> fx.Node | None:
         target: Any = self.node.target
@@ -70,6 +77,9 @@ class _Speller:
             y = self.linear(self.emit(aten.transpose.int, args[1], -1, -2), args[0])
             return self.emit(aten.transpose.int, y, -1, -2)
         if target in _BATCHED and _rank(args[0]) == _rank(args[1]) == 3:
+            matrix = self.shared_matrix(args[1])
+            if matrix is not None:
+                return self.linear(args[0], self.constant(aten.t.default, matrix))
             return self.batch_of_one(args[0], args[1])
         if target in _CONVOLUTIONS:
             return self.convolution()
@@ -78,6 +88,17 @@ class _Speller:
                 if self.folds(y, bias):
                     return self.linear(y.args[0], y.args[1], bias)
         return None
+
+    def shared_matrix(self, node: fx.Node) -> fx.Node | None:
+        """The matrix [E, F] that ``node`` repeats for every sample of a batch."""
+        shape = node.meta["val"].shape
+        while node.target in _REPEATS and tuple(node.meta["val"].shape[-2:]) == tuple(shape[-2:]):
+            before = node.args[0]
+            assert isinstance(before, fx.Node)
+            if node.target in _VIEWS and before.meta["val"].shape != node.meta["val"].shape:
+                return None
+            node = before
+        return node if self.matrix(node) and node.meta["val"].shape == shape[-2:] else None
 
     def batch_of_one(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
         swap = self.is_constant(a)
@@ -124,7 +145,9 @@ class _Speller:
         if bias is not None and (not self.is_constant(bias) or _rank(bias) != 1):
             return None
         args = (x, weight) if bias is None else (x, weight, bias)
-        return self.emit(aten.linear.default, *args)
+        node = self.emit(aten.linear.default, *args)
+        self.made = node.name
+        return node
 
     def emit(self, target: Any, *args: Any) -> fx.Node:
         return emit(self.graph, target, *args, like=self.node)

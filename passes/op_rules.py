@@ -7,9 +7,16 @@ wrong rewrite.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx
 
 from bda_fx.passes.sites import Reason
+
+if TYPE_CHECKING:
+    from bda_fx.passes.labels import Labels
 
 
 def overloads(*names: str) -> frozenset[torch._ops.OpOverload]:
@@ -59,20 +66,86 @@ METADATA = overloads(
 
 ZEROS = overloads("zeros", "new_zeros", "zeros_like")
 
-ATTENTION = overloads(
-    "scaled_dot_product_attention", "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+# Ops that write a tensor into another one at places given by an index or a slice.
+INDEX_PUTS = overloads("index_put", "_unsafe_index_put")
+WRITES = INDEX_PUTS | overloads("index_copy")
+SCATTERS = overloads("slice_scatter", "select_scatter")
+STORES = overloads("copy_")  # what a program writes into its inputs, a KV cache for one
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How to read an op that computes scores q kᵀ head by head and mixes v over tokens by them.
+
+    ``q``, ``k``, ``v`` name arguments of its schema. ``layout`` spells the axes that they and the
+    (first) result have: h heads, t tokens, d features, b anything that is batched over. Fewer key
+    heads than query heads are grouped queries.
+    """
+
+    q: str = "query"
+    k: str = "key"
+    v: str = "value"
+    layout: str = "bhtd"
+
+    def argument(self, node: fx.Node, name: str) -> Any:
+        """The argument of a node that its schema calls ``name``, or None."""
+        if name in node.kwargs:
+            return node.kwargs[name]
+        at = argument_names(node.target).index(name)
+        return node.args[at] if at < len(node.args) else None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is an axis of heads, along which keys may be fewer than queries."""
+        return "h" in self.layout
+
+    def heads_first(self, x: Labels) -> Labels:
+        """Labels as [*, h, t, d]."""
+        return x.permuted(self._order)
+
+    def laid_out(self, x: Labels) -> Labels:
+        """From [*, h, t, d] to the op's own layout."""
+        order = self._order
+        return x.permuted([order.index(i) for i in range(len(order))])
+
+    @property
+    def _order(self) -> list[int]:
+        lead = [i for i, axis in enumerate(self.layout) if axis == "b"]
+        return lead + [self.layout.index(axis) for axis in "htd" if axis in self.layout]
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of an op's arguments."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return [argument.name for argument in schema.arguments]
+    return ["query", "key", "value"]  # flex_attention, which is not an ATen op
+
+
+ATTENTION: dict[Any, AttentionRule] = dict.fromkeys(
+    overloads(
+        "scaled_dot_product_attention", "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    ),
+    AttentionRule(),
 )  # fmt: skip
+"""Ops that hold a whole attention; ``bda_fx.register_attention`` adds to them."""
+ATTENTION[torch.ops.higher_order.flex_attention] = AttentionRule()
+
 MATMULS = overloads("matmul", "bmm", "baddbmm.default")
 LINEAR = overloads("linear")
+
+# Projections that are no linears: what they make is new, whatever became of what they read.
+CONVOLUTIONS = overloads(
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d.input",
+)  # fmt: skip
 
 _NORMS = overloads(
     "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm",
     "native_group_norm", "batch_norm", "instance_norm", "norm", "linalg_vector_norm", "mean",
     "var", "var_mean", "std", "pow", "square", "rsqrt",
 )  # fmt: skip
-_STORES = overloads("copy_")  # what a program writes into its inputs, a KV cache for one
 _ROTATIONS = overloads("view_as_complex", "complex", "polar", "view_as_real")
 
 
@@ -84,6 +157,4 @@ def reason_for(target: object) -> Reason:
         return Reason.ROTATED
     if target in ADDS:
         return Reason.ADDED
-    if target in _STORES:
-        return Reason.RETURNED
     return Reason.COMPUTED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.predict_noise import PartnerHeads
-from bda_fx.passes.sites import Fold, Linear, Site
+from bda_fx.passes.sites import IN, Constant, Fold, Linear, Site
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ def extract_constants(program: Program, names: Iterable[str]) -> Constants:
 def constants_of(sites: Iterable[Site], folds: Iterable[Fold] = ()) -> set[str]:
     """Names of all constants that the sites and folds read."""
     found: set[str] = set()
-    linears = [linear for s in sites for linear in (s.linear, *(p.linear for p in s.partners))]
+    linears: list[Linear] = []
+    for site in sites:
+        linears += site.linears
+        found |= {constant.node for constant in site.constants}
     for fold in folds:
         linears += [fold.producer, *fold.readers]
         found |= {name for name, _ in fold.constants}
@@ -81,36 +84,49 @@ def constants_of(sites: Iterable[Site], folds: Iterable[Fold] = ()) -> set[str]:
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """A site's weights by heads, float64: ``heads`` [G, E, D], ``bias`` [G, D] or None."""
+    """A site's weights by heads, float64: ``heads`` [G, E, D], ``bias`` [G, D] or None.
+
+    ``partners`` meet the decomposed heads; ``fellows`` turn along with them.
+    """
 
     heads: Tensor
     bias: Tensor | None
     partners: list[PartnerHeads]
+    fellows: list[PartnerHeads] = field(default_factory=list)
 
 
 def read_site(site: Site, values: Mapping[str, Tensor]) -> SiteWeights:
     """Split the weights of ``site`` into the heads that take part, on the CPU."""
-    features = torch.tensor(site.features)
-    partners = []
-    for partner in site.partners:
-        index = torch.tensor(partner.features)
-        weight = _matrix(partner.linear, values)
-        if partner.axis == "out":
-            bias = _bias(partner.linear, values)
-            heads = weight[index]
-            partner_bias = None if bias is None else bias[index]
-        else:
-            heads, partner_bias = weight.T[index], None
-        partners.append(PartnerHeads(heads, partner_bias, torch.tensor(partner.groups)))
-    bias = _bias(site.linear, values)
-    heads = _matrix(site.linear, values)[features].transpose(1, 2)
-    return SiteWeights(heads, None if bias is None else bias[features], partners)
+    heads, bias = read_vectors(site.linear, site.axis, site.features, values)
+    partners: list[PartnerHeads] = []
+    fellows: list[PartnerHeads] = []
+    for factor in site.partners:
+        weight, added = read_vectors(factor.tensor, factor.axis, factor.features, values)
+        read = PartnerHeads(weight.mT, added, torch.tensor(factor.groups))
+        (partners if factor.against else fellows).append(read)
+    return SiteWeights(heads, bias, partners, fellows)
 
 
-def _matrix(linear: Linear, values: Mapping[str, Tensor]) -> Tensor:
-    return values[linear.weight].to("cpu", torch.float64)
+def read_vectors(
+    tensor: Linear | Constant,
+    axis: str,
+    features: tuple[tuple[int, ...], ...],
+    values: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Vectors of D features [n, M, D] and, for outputs of a linear, their biases [n, D].
+
+    M counts inputs of a linear ("out"), its outputs ("in"), or is 1 for elements of a constant.
+    """
+    index = torch.tensor(features)
+    if isinstance(tensor, Constant):
+        return float64(values[tensor.node]).flatten()[index].unsqueeze(1), None
+    matrix = float64(values[tensor.weight])
+    if axis == IN:
+        return matrix.T[index].mT, None
+    biases = [bias for bias in tensor.biases if bias is not None]
+    return matrix[index].mT, float64(values[biases[0]])[index] if biases else None
 
 
-def _bias(linear: Linear, values: Mapping[str, Tensor]) -> Tensor | None:
-    names = [bias for bias in linear.biases if bias is not None]
-    return values[names[0]].to("cpu", torch.float64) if names else None
+def float64(value: Tensor) -> Tensor:
+    """On the CPU, where all numerics are done."""
+    return value.detach().to("cpu", torch.float64)

@@ -5,6 +5,11 @@
 
     y = linear(x, W, b)        →     y = linear(x, W', b')        for queries and output weights
 
+    y = linear(z, O, b)        →     y_B = Σ_h z_h[:r] + b_B,  y_R = linear(z, C, b_R)
+                                     y = [y_B | y_R][order]       for outputs that are decomposed
+
+    op(c)                      →     op(c')                       for constants that turn along
+
 Requires: a plan for this graph. Leaves: the same outputs for transformed weights, in plain ATen
 (slice or index_select, linear, view, pad, add, cat); derived weights as new placeholders in
 front, in the order of the returned names; placeholders that nobody reads any more are left for
@@ -26,13 +31,15 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes.canonicalize import Program
-from bda_fx.passes.emit_node import emit, fake_mode_of
-from bda_fx.passes.sites import Plan
+from bda_fx.passes.derived_inputs import DerivedInputs, device_of
+from bda_fx.passes.emit_node import EMITTED, emit
+from bda_fx.passes.sites import Constant, Plan
 from bda_fx.passes.transform_weights import (
     Form,
     Piece,
     basis_key,
     bias_key,
+    constant_key,
     forms_of,
     weight_key,
 )
@@ -65,6 +72,9 @@ def rewrite_graph(
     for form in forms_of(plan):
         for name in form.linear.nodes:
             rewriter.rewrite(nodes[name], form)
+    for item in plan.sites:
+        for constant in item.site.constants:
+            rewriter.give_own_copy(constant, nodes)
     for fold in plan.folds:
         for name, key in fold.constants:
             nodes[name].replace_all_uses_with(rewriter.input(key))
@@ -72,29 +82,25 @@ def rewrite_graph(
     return Rewritten(rewriter.inputs, rewriter.constants)
 
 
-class _Rewriter:
+class _Rewriter(DerivedInputs):
     def __init__(
         self, graph: fx.Graph, derived: Mapping[str, Tensor], plan: Plan, fixed_rows: bool
     ) -> None:
-        self.graph, self.derived = graph, dict(derived)
+        super().__init__(graph, derived)
         self.rows = {item.basis: item.rows for item in plan.sites} if fixed_rows else {}
         # Where x comes in basis order, the basis is its first features, whatever the weights.
         sizes = {item.basis: item.size for item in plan.sites}
         self.rows.update({fold.basis: tuple(range(sizes[fold.basis])) for fold in plan.folds})
-        self.inputs: dict[str, str] = {}
-        self.constants: dict[str, Tensor] = {}
         self.gathered: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node | None]] = {}
-        self.nodes: dict[str, fx.Node] = {}
-        placeholders = graph.find_nodes(op="placeholder")
-        self.first_input, self.last_input = placeholders[0], placeholders[-1]
-        self.mode = fake_mode_of(graph)
-        self.symbols = _leading_symbols(graph)
 
     def rewrite(self, node: fx.Node, form: Form) -> None:
         x, bias = node.args[0], (*node.args, None)[2]
         with self.graph.inserting_before(node):
-            parts = [self.piece(node, x, bias, form, at) for at in range(len(form.pieces))]
-            result = self.assemble(node, parts, form)
+            if form.heads:
+                result = self.outputs(node, x, bias, form)
+            else:
+                parts = [self.piece(node, x, bias, form, at) for at in range(len(form.pieces))]
+                result = self.assemble(node, parts, form)
         node.replace_all_uses_with(result)
         result.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "spelled_as")})
         self.graph.erase_node(node)
@@ -117,6 +123,62 @@ class _Rewriter:
         grouped = self.split_last(node, y, (groups, width))
         total = emit(self.graph, aten.add.Tensor, grouped, identity, like=node)
         return self.split_last(node, total, (groups * width,), drop=2)
+
+    def outputs(self, node: fx.Node, z: Any, bias: Any, form: Form) -> fx.Node:
+        """A decomposed output projection: r outputs are sums over heads, others have weights."""
+        (piece,) = form.pieces
+        size, total, basis = piece.size, form.linear.out_features, piece.basis or ""
+        axis = node.meta["val"].dim() - 1
+        leading = emit(self.graph, aten.slice.Tensor, self.heads(node, z, form), axis + 1, 0, size,
+                       like=node)  # fmt: skip
+        total_b = emit(self.graph, aten.sum.dim_IntList, leading, [axis], like=node)
+        key = "" if bias is None else bias_key(form, 0, bias.name)
+        if bias is not None:
+            total_b = emit(
+                self.graph, aten.add.Tensor, total_b, self.input(f"{key}_basis"), like=node
+            )
+        if size == total:
+            return total_b
+        extra = [] if bias is None else [self.input(f"{key}_rest")]
+        weight = self.input(weight_key(form, 0))
+        others = emit(self.graph, aten.linear.default, z, weight, *extra, like=node)
+        rows = self.rows.get(basis)
+        if rows is not None and rows[-1] - rows[0] == size - 1:
+            parts = [total_b]
+            if rows[0] > 0:
+                parts.insert(0, self.cut(node, others, 0, rows[0]))
+            if rows[0] < total - size:
+                parts.append(self.cut(node, others, rows[0], total - size))
+            return emit(self.graph, aten.cat.default, parts, axis, like=node)
+        joined = emit(self.graph, aten.cat.default, [total_b, others], axis, like=node)
+        order = self.input(basis_key(basis, "order"))
+        return emit(self.graph, aten.index_select.default, joined, axis, order, like=node)
+
+    def cut(self, node: fx.Node, x: fx.Node, start: int, end: int) -> fx.Node:
+        axis = x.meta["val"].dim() - 1
+        return emit(self.graph, aten.slice.Tensor, x, axis, start, end, like=node)
+
+    def heads(self, node: fx.Node, z: fx.Node, form: Form) -> fx.Node:
+        """z [*, F] as [*, heads, D]."""
+        flat = tuple(column for head in form.heads for column in head)
+        if flat != tuple(range(len(flat))):
+            index = torch.tensor(flat, device=device_of(z))
+            order = self.constant(f"{form.linear.name}_heads", index)
+            axis = z.meta["val"].dim() - 1
+            z = emit(self.graph, aten.index_select.default, z, axis, order, like=node)
+        return self.split_last(node, z, (len(form.heads), len(form.heads[0])))
+
+    def give_own_copy(self, constant: Constant, nodes: Mapping[str, fx.Node]) -> None:
+        """One use of a constant reads the turned copy, through the same moves."""
+        user, root = nodes[constant.user], nodes[constant.node]
+        copies = {root: self.input(constant_key(constant))}
+        last = root
+        with self.graph.inserting_before(user):
+            for name in constant.path:
+                last = nodes[name]
+                copies[last] = self.graph.node_copy(last, lambda n: copies.get(n, n))
+                copies[last].meta[EMITTED] = True
+        user.replace_input_with(last, copies[last])
 
     # -- the basis features -------------------------------------------------------------------
 
@@ -235,65 +297,6 @@ class _Rewriter:
         index = self.constant(f"{form.linear.name}_order", order_tensor)
         return emit(self.graph, aten.index_select.default, joined, axis, index, like=node)
 
-    # -- small pieces -------------------------------------------------------------------------
-
-    def input(self, key: str) -> fx.Node:
-        """The placeholder of a derived tensor, made at first use."""
-        if key not in self.nodes:
-            like = self.derived[key]
-            with self.graph.inserting_before(self.first_input):
-                node = self.graph.placeholder(
-                    "bda_" + "".join(c if c.isalnum() else "_" for c in key)
-                )
-            if self.mode is None:
-                node.meta["val"] = like
-            else:
-                with self.mode:
-                    node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            self.nodes[key] = node
-            self.inputs[key] = node.name
-        return self.nodes[key]
-
-    def constant(self, key: str, value: Tensor) -> fx.Node:
-        """The placeholder of an index tensor that the plan alone determines."""
-        self.constants[key] = self.derived[key] = value
-        return self.input(key)
-
-    def pad(self, node: fx.Node, x: fx.Node, width: int) -> fx.Node:
-        return emit(self.graph, aten.constant_pad_nd.default, x, [0, width], like=node)
-
-    def repeat(self, node: fx.Node, identity: fx.Node, groups: int, width: int) -> fx.Node:
-        if groups == 1:
-            return identity
-        shape = [*self.lead(node, identity, 2), groups, width]
-        spread = emit(self.graph, aten.expand.default, identity, shape, like=node)
-        copied = emit(
-            self.graph, aten.clone.default, spread, like=node, memory_format=torch.contiguous_format
-        )
-        return self.split_last(node, copied, (groups * width,), drop=2)
-
-    def split_last(
-        self, node: fx.Node, x: fx.Node, sizes: tuple[int, ...], drop: int = 1
-    ) -> fx.Node:
-        """View x with its last ``drop`` dimensions replaced by ``sizes``."""
-        shape = [*self.lead(node, x, drop), *sizes]
-        return emit(self.graph, aten.view.default, x, shape, like=node)
-
-    def lead(self, node: fx.Node, x: fx.Node, drop: int) -> list[Any]:
-        """Sizes of x but for the last ``drop``; symbolic ones as ``sym_size`` nodes."""
-        sizes = x.meta["val"].shape[: x.meta["val"].dim() - drop]
-        return [
-            self.symbol(node, x, i) if isinstance(s, torch.SymInt) else s
-            for i, s in enumerate(sizes)
-        ]
-
-    def symbol(self, node: fx.Node, x: fx.Node, axis: int) -> fx.Node:
-        """A node that holds this symbolic size: one of the graph's, or a new ``sym_size``."""
-        expression = x.meta["val"].shape[axis].node.expr
-        if expression not in self.symbols:
-            return emit(self.graph, aten.sym_size.int, x, axis, like=node)
-        return self.symbols[expression]
-
 
 class _Anchor:
     """Emits nodes one after the other behind a given node."""
@@ -305,22 +308,6 @@ class _Anchor:
         with self.graph.inserting_after(self.after):
             self.after = emit(self.graph, target, *args, like=self.like)
         return self.after
-
-
-def _leading_symbols(graph: fx.Graph) -> dict[Any, fx.Node]:
-    """Symbolic sizes that are nodes before anything is computed: usable everywhere."""
-    found: dict[Any, fx.Node] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            found.setdefault(value.node.expr, node)
-        elif node.op != "placeholder":
-            break
-    return found
-
-
-def device_of(node: fx.Node) -> torch.device:
-    return node.meta["val"].device
 
 
 def _period(pattern: tuple[int, ...]) -> int:

@@ -8,10 +8,15 @@ features, r basis size.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 QK = "qk"
 VO = "vo"
+BOTH = "qk+vo"
+"""One projection that is both key and value: one change of basis serves both products."""
+KV, QO = "kv", "qo"
+OUT, IN, ELEMENT = "out", "in", "element"
 
 
 class Reason(enum.Enum):
@@ -25,6 +30,7 @@ class Reason(enum.Enum):
     NO_PROJECTION = "not made by a linear with constant weights"
     NO_OUTPUT_LINEAR = "the attention output reaches no linear with constant weights"
     RETURNED = "returned by the program"
+    CACHED = "kept in a cache with those of other calls"
     READ_ELSEWHERE = "read by another op"
     MISMATCHED = "features do not meet one to one"
     SHARED_WEIGHT = "the weight is read by another op"
@@ -37,7 +43,22 @@ class Reason(enum.Enum):
     TOO_NOISY = "predicted noise is over the budget at every basis size"
     NOT_REQUESTED = "left out by the options"
     NESTED = "inside a control-flow or other higher-order op"
+    UNKNOWN_OP = "read by an op that is not known to be an attention"
     UNPROVEN = "the graph could not be followed at a second set of sizes"
+
+
+REMEDIES = {
+    Reason.CACHED: "pass kv_cache='opaque' if nobody but the model's own attention reads the cache",
+    Reason.NESTED: "export or compile the body of the op by itself",
+    Reason.NO_VALUES: "load the weights: everything but their values is known",
+    Reason.RANK_DEFICIENT: "pass a smaller basis_size, or basis='pivot'",
+    Reason.TOO_NOISY: "pass a larger noise_budget or a smaller basis_size",
+    Reason.NOT_REQUESTED: "change the option",
+    Reason.UNKNOWN_OP: "if it is an attention, bda_fx.register_attention says how to read it",
+    Reason.DATA_DEPENDENT: "make the index a constant buffer, if it is one",
+    Reason.NOT_FLOATING: "rewrite before quantising",
+}
+"""What a user can do about a skip, where there is something."""
 
 
 @dataclass(frozen=True)
@@ -55,45 +76,101 @@ class Linear:
     biases: tuple[str | None, ...]
     in_features: int
     out_features: int
+    tokens: int = 1
+    """Rows of x over all nodes, at the example's sizes."""
 
 
 @dataclass(frozen=True)
-class Partner:
-    """The other factor of a product: query features (``axis`` "out") or output columns ("in").
+class Constant:
+    """A tensor of the program that is added to, or met by, features: a learned bias, a table.
 
-    ``features[i]`` are the D features of query head i in the order in which they meet the
-    key/value head ``groups[i]``.
+    ``node`` is a constant node with ``numel`` elements; ``path`` are the moves from it to ``user``,
+    the one node where this use of it counts. Other uses keep the original.
     """
 
-    linear: Linear
+    name: str
+    node: str
+    path: tuple[str, ...]
+    user: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Vectors of D features that change basis with a site, and where they lie.
+
+    ``axis`` says what ``features`` count: output features of a linear ("out"), its input columns
+    ("in"), or elements of a constant ("element"). Vector ``features[i]`` belongs to head
+    ``groups[i]`` of the site, its features in the order in which they meet the head's.
+    ``against``: it meets the decomposed features and turns by Sᵀ; otherwise it meets what they
+    meet and turns by S⁻¹ as they do.
+    """
+
+    tensor: Linear | Constant
     axis: str
     features: tuple[tuple[int, ...], ...]
     groups: tuple[int, ...]
+    against: bool = True
+
+    @property
+    def linear(self) -> Linear:
+        assert isinstance(self.tensor, Linear)
+        return self.tensor
 
 
 @dataclass(frozen=True)
 class Site:
-    """One product that may be rewritten: ``features[g]`` are the D output features of head g."""
+    """A product that may be rewritten: ``features[g]`` are the D features of head g in ``linear``.
+
+    ``side`` "kv" decomposes the projection of keys or values, "qo" that of queries or outputs.
+    ``axis`` is "out" where the heads are output features of ``linear`` and the basis is picked from
+    its inputs, "in" (an output projection) where they are columns and the basis is picked from its
+    outputs. ``partners`` are all the other factors that change basis with it. ``other`` is the
+    same product seen from the other side, where that can be decomposed too.
+    """
 
     product: str
     linear: Linear
     features: tuple[tuple[int, ...], ...]
-    partners: tuple[Partner, ...]
+    partners: tuple[Factor, ...]
     contractions: tuple[str, ...]
+    side: str = KV
+    axis: str = OUT
+    other: Site | None = None
 
     @property
     def num_kv_heads(self) -> int:
-        return len(self.features)
+        return len(self.features) if self.side == KV else self._num_partner_heads
 
     @property
     def num_heads(self) -> int:
         """Query heads served, counting each partner's heads once."""
-        return max(len(p.features) for p in self.partners)
+        return self._num_partner_heads if self.side == KV else len(self.features)
+
+    @property
+    def _num_partner_heads(self) -> int:
+        met = [p for p in self.partners if p.against and isinstance(p.tensor, Linear)]
+        return max((len(p.features) for p in met), default=len(self.features))
 
     @property
     def decomposed(self) -> int:
         """Features of a head that take part (D)."""
         return len(self.features[0])
+
+    @property
+    def basis_features(self) -> int:
+        """How many features the basis is picked from (E): inputs, or outputs of an "in" site."""
+        return self.linear.in_features if self.axis == OUT else self.linear.out_features
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear that changes, each once, the decomposed one first."""
+        others = (p.tensor for p in self.partners if isinstance(p.tensor, Linear))
+        return tuple({t.weight: t for t in (self.linear, *others)}.values())
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        return tuple(p.tensor for p in self.partners if isinstance(p.tensor, Constant))
 
 
 @dataclass(frozen=True)
@@ -107,6 +184,13 @@ class Skip:
     name: str = ""
     detail: str = ""
     source: str = ""
+    """The line of the model that the product comes from."""
+    module: str = ""
+    """Path of the module that computes it."""
+    remedy: str = ""
+    """What the user can do about it, where there is something."""
+    site: Site | None = None
+    """What would be rewritten, where only the plan is against it."""
 
     def explain(self) -> str:
         text = f"{self.reason.value} (at {self.node})"
@@ -121,6 +205,12 @@ class Found:
     skips: tuple[Skip, ...]
     products: tuple[tuple[str, str], ...]
     """(contraction node, product) of every attention product in the program."""
+    cached: tuple[str, ...] = ()
+    """Weights of keys and values that leave into a cache."""
+    linears: tuple[str, ...] = ()
+    """Weights of all linears of the program."""
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Module path and source line of every contraction."""
 
 
 @dataclass(frozen=True)
@@ -166,3 +256,6 @@ class Plan:
     sites: tuple[SitePlan, ...]
     skips: tuple[Skip, ...]
     folds: tuple[Fold, ...] = ()
+    cached: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
+    """As in :class:`Found`."""

@@ -6,7 +6,11 @@ For each linear that takes part, its output features fall into *pieces*:
 * a decomposed piece per basis: coefficients C over the other inputs (the identity is no weight).
 
 A linear that only meets attention outputs keeps its shape; the columns that meet head i become
-O_i' = S_g O_i. Everything is computed in float64 and rounded once to the weight's dtype.
+O_i' = S_g O_i. Where the output projection is the one that is decomposed, r of its outputs are sums
+of the heads' leading features and only the other outputs have weights. Constants that take part
+(biases added to queries, tables) turn element by element.
+
+Everything is computed in float64 and rounded once to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -17,16 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bda_fx.passes.change_basis import (
-    ChangeOfBasis,
-    change_basis,
-    transform_output_side,
-    transform_query_side,
-)
+from bda_fx.passes.change_basis import ChangeOfBasis, change_basis, turn_vectors
 from bda_fx.passes.choose_basis import choose_basis
 from bda_fx.passes.predict_noise import predict_noise
-from bda_fx.passes.read_weights import read_site
-from bda_fx.passes.sites import Fold, Linear, Plan, SitePlan
+from bda_fx.passes.read_weights import float64, read_site, read_vectors
+from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Form:
-    """How a linear that takes part will be computed."""
+    """How a linear that takes part will be computed.
+
+    ``heads``, of an output projection that is decomposed: the columns of each head. Its one piece
+    is the outputs, in the order of the basis and then the others.
+    """
 
     linear: Linear
     pieces: tuple[Piece, ...]
+    heads: tuple[tuple[int, ...], ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -69,15 +73,24 @@ def forms_of(plan: Plan) -> list[Form]:
     """The pieces of every linear that the plan touches."""
     linears: dict[str, Linear] = {}
     decomposed: dict[str, list[SitePlan]] = {}
+    outputs: dict[str, SitePlan] = {}
     for item in plan.sites:
-        for linear in (item.site.linear, *(p.linear for p in item.site.partners)):
+        for linear in item.site.linears:
             linears.setdefault(linear.weight, linear)
-        decomposed.setdefault(item.site.linear.weight, []).append(item)
+        if item.site.axis == IN:
+            outputs[item.site.linear.weight] = item
+        else:
+            decomposed.setdefault(item.site.linear.weight, []).append(item)
     for fold in plan.folds:
         for linear in (fold.producer, *fold.readers):
             linears.setdefault(linear.weight, linear)
     forms = []
     for weight, linear in linears.items():
+        if weight in outputs:
+            item = outputs[weight]
+            every = tuple(range(linear.out_features))
+            forms.append(Form(linear, (Piece(every, item.basis, item.size),), item.site.features))
+            continue
         slots: dict[str, dict[int, int]] = {}
         sizes: dict[str, int] = {}
         for item in decomposed.get(weight, ()):
@@ -115,6 +128,11 @@ def basis_key(basis: str, part: str) -> str:
     return f"{basis}_{part}"
 
 
+def constant_key(constant: Constant) -> str:
+    """Name of the copy of a constant that one use of it reads."""
+    return f"{constant.name}_at_{constant.user}"
+
+
 def transform_weights(
     plan: Plan, values: Mapping[str, Tensor], *, use_planned_rows: bool
 ) -> Transformed:
@@ -125,25 +143,42 @@ def transform_weights(
     """
     forms = forms_of(plan)
     rows = _rows(plan, values, use_planned_rows)
-    matrices = {f.linear.weight: _float64(values[f.linear.weight]).clone() for f in forms}
-    biases = {
-        bias: _float64(values[bias]).clone()
-        for f in forms
-        for bias in f.linear.biases
-        if bias is not None
-    }
+    turned = _Turned(
+        {f.linear.weight: float64(values[f.linear.weight]).clone() for f in forms},
+        {
+            bias: float64(values[bias]).clone()
+            for f in forms
+            for bias in f.linear.biases
+            if bias is not None
+        },
+        {
+            constant: float64(values[constant.node]).clone().flatten()
+            for item in plan.sites
+            for constant in item.site.constants
+        },
+    )
     noise, residual = [], []
     for item in plan.sites:
         weights = read_site(item.site, values)
         change = change_basis(weights.heads, rows[item.basis], weights.bias)
-        noise.append(predict_noise(weights.heads, weights.bias, change, weights.partners)[0])
+        noise.append(
+            predict_noise(weights.heads, weights.bias, change, weights.partners, weights.fellows)[0]
+        )
         residual.append(change.residual)
-        _apply(item, change, values, matrices, biases)
+        _turn(item.site, change, values, turned)
     tensors: dict[str, Tensor] = {}
+    orders: dict[str, Tensor] = {}
     for fold in plan.folds:
-        _permute(fold, rows[fold.basis], values, matrices, biases, tensors)
+        _permute(fold, rows[fold.basis], values, turned, tensors)
+        for item in plan.sites:
+            if item.basis == fold.basis:
+                orders[item.site.linear.weight] = _order(rows[fold.basis], fold.in_features)
     for form in forms:
-        _round(form, rows, values, matrices, biases, tensors)
+        _round(form, rows, orders, values, turned, tensors)
+    for constant, elements in turned.constants.items():
+        like = values[constant.node]
+        copy = torch.empty_like(like)  # as strided as the original, which a view may rely on
+        tensors[constant_key(constant)] = copy.copy_(elements.view(like.shape))
     return Transformed(tensors, tuple(noise), tuple(residual))
 
 
@@ -163,58 +198,74 @@ def _rows(plan: Plan, values: Mapping[str, Tensor], planned: bool) -> dict[str, 
     }
 
 
-def _apply(
-    item: SitePlan,
-    change: ChangeOfBasis,
-    values: Mapping[str, Tensor],
-    matrices: dict[str, Tensor],
-    biases: dict[str, Tensor],
-) -> None:
-    """Write one site's K' (with the basis rows' columns left as they are) and partners."""
-    site = item.site
-    features = torch.tensor(site.features)
-    matrix = matrices[site.linear.weight]
-    block = matrix[features]
-    block[..., change.rest] = change.coefficients.transpose(1, 2)
-    matrix[features] = block
-    for name in {bias for bias in site.linear.biases if bias is not None}:
-        heads = _float64(values[name])[features].unsqueeze(1)
-        biases[name][features] = (heads @ change.s_inv).squeeze(1)
-    if change.bias is not None:
-        first = next(bias for bias in site.linear.biases if bias is not None)
-        biases[first][features] = change.bias
-    for partner in site.partners:
-        index, groups = torch.tensor(partner.features), torch.tensor(partner.groups)
-        weight = partner.linear.weight
-        original = _float64(values[weight])
-        if partner.axis == "in":
-            turned = transform_output_side(original.T[index], change, groups)
-            matrices[weight][:, index.flatten()] = turned.flatten(0, 1).T
+@dataclass
+class _Turned:
+    """Weights [F, E], biases [F] and flattened constants on their way to the new basis."""
+
+    matrices: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    constants: dict[Constant, Tensor]
+
+
+def _turn(site: Site, change: ChangeOfBasis, values: Mapping[str, Tensor], turned: _Turned) -> None:
+    """Write one site's factors in the new basis; the basis' own weights are left as they are."""
+    index = torch.tensor(site.features)
+    matrix = turned.matrices[site.linear.weight]
+    view = matrix if site.axis == OUT else matrix.T
+    block = view[index]
+    block[..., change.rest] = change.coefficients.mT
+    view[index] = block
+    if site.axis == OUT:
+        every = torch.arange(len(index))
+        _turn_biases(site.linear, index, change, every, False, values, turned)
+        if change.bias is not None:
+            first = next(bias for bias in site.linear.biases if bias is not None)
+            turned.biases[first][index] = change.bias
+    for factor in site.partners:
+        index, groups = torch.tensor(factor.features), torch.tensor(factor.groups)
+        heads, _ = read_vectors(factor.tensor, factor.axis, factor.features, values)
+        moved = turn_vectors(heads, change, groups, against=factor.against)
+        if isinstance(factor.tensor, Constant):
+            turned.constants[factor.tensor][index] = moved.squeeze(1)
             continue
-        heads, _ = transform_query_side(original[index].transpose(1, 2), None, change, groups)
-        matrices[weight][index] = heads.transpose(1, 2)
-        for name in {bias for bias in partner.linear.biases if bias is not None}:
-            turned_bias = change.s[groups] @ _float64(values[name])[index].unsqueeze(-1)
-            biases[name][index] = turned_bias.squeeze(-1)
+        matrix = turned.matrices[factor.tensor.weight]
+        (matrix if factor.axis == OUT else matrix.T)[index] = moved.mT
+        if factor.axis == OUT:
+            _turn_biases(factor.tensor, index, change, groups, factor.against, values, turned)
+
+
+def _turn_biases(
+    linear: Linear,
+    index: Tensor,
+    change: ChangeOfBasis,
+    groups: Tensor,
+    against: bool,
+    values: Mapping[str, Tensor],
+    turned: _Turned,
+) -> None:
+    for name in {bias for bias in linear.biases if bias is not None}:
+        heads = float64(values[name])[index].unsqueeze(1)
+        moved = turn_vectors(heads, change, groups, against=against)
+        turned.biases[name][index] = moved.squeeze(1)
 
 
 def _permute(
     fold: Fold,
     rows: Tensor,
     values: Mapping[str, Tensor],
-    matrices: dict[str, Tensor],
-    biases: dict[str, Tensor],
+    turned: _Turned,
     tensors: dict[str, Tensor],
 ) -> None:
     """Put the features of x in basis order, from the linear that makes it to those that read it."""
     producer = fold.producer
-    order = torch.cat([rows, _rest(rows, fold.in_features)])
+    order = _order(rows, fold.in_features)
     part = slice(fold.first, fold.first + len(order))
-    matrices[producer.weight][part] = matrices[producer.weight][part][order]
+    matrix = turned.matrices[producer.weight]
+    matrix[part] = matrix[part][order]
     for name in {bias for bias in producer.biases if bias is not None}:
-        biases[name][part] = biases[name][part][order]
+        turned.biases[name][part] = turned.biases[name][part][order]
     for reader in fold.readers:
-        matrices[reader.weight] = matrices[reader.weight][:, order]
+        turned.matrices[reader.weight] = turned.matrices[reader.weight][:, order]
     for name, key in fold.constants:
         tensors[key] = values[name].detach()[order.to(values[name].device)]
 
@@ -222,30 +273,57 @@ def _permute(
 def _round(
     form: Form,
     rows: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
-    matrices: Mapping[str, Tensor],
-    biases: Mapping[str, Tensor],
+    turned: _Turned,
     tensors: dict[str, Tensor],
 ) -> None:
+    """Cut the turned weight of a linear into its pieces; x comes in the order of ``orders``."""
+    if form.heads:
+        _round_outputs(form, rows, values, turned, tensors)
+        return
     like = values[form.linear.weight]
     for at, piece in enumerate(form.pieces):
-        matrix = matrices[form.linear.weight][list(piece.features)]
+        matrix = turned.matrices[form.linear.weight][list(piece.features)]
         if piece.basis is not None:
             rest = _rest(rows[piece.basis], form.linear.in_features)
             tensors[basis_key(piece.basis, "rows")] = rows[piece.basis].to(like.device)
             tensors[basis_key(piece.basis, "rest")] = rest.to(like.device)
             matrix = matrix[:, rest]
+        elif form.linear.weight in orders:
+            matrix = matrix[:, orders[form.linear.weight]]
         tensors[weight_key(form, at)] = matrix.to(like.dtype).to(like.device).contiguous()
         for name in {bias for bias in form.linear.biases if bias is not None}:
-            value = biases[name][list(piece.features)]
+            value = turned.biases[name][list(piece.features)]
             tensors[bias_key(form, at, name)] = value.to(values[name].dtype).to(like.device)
 
 
-def _rest(rows: Tensor, in_features: int) -> Tensor:
-    keep = torch.ones(in_features, dtype=torch.bool)
+def _round_outputs(
+    form: Form,
+    rows: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    turned: _Turned,
+    tensors: dict[str, Tensor],
+) -> None:
+    """A decomposed output projection: weights of the outputs that are not in the basis."""
+    like, basis = values[form.linear.weight], form.pieces[0].basis or ""
+    rest = _rest(rows[basis], form.linear.out_features)
+    matrix = turned.matrices[form.linear.weight][rest]
+    tensors[weight_key(form, 0)] = matrix.to(like.dtype).to(like.device).contiguous()
+    tensors[basis_key(basis, "order")] = torch.cat([rows[basis], rest]).argsort().to(like.device)
+    for name in {bias for bias in form.linear.biases if bias is not None}:
+        for part, outputs in (("basis", rows[basis]), ("rest", rest)):
+            tensors[f"{bias_key(form, 0, name)}_{part}"] = values[name].detach()[
+                outputs.to(values[name].device)
+            ]
+
+
+def _order(rows: Tensor, features: int) -> Tensor:
+    """The basis first, then the other features."""
+    return torch.cat([rows, _rest(rows, features)])
+
+
+def _rest(rows: Tensor, features: int) -> Tensor:
+    keep = torch.ones(features, dtype=torch.bool)
     keep[rows] = False
     return keep.nonzero().flatten()
-
-
-def _float64(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float64)
