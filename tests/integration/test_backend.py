@@ -500,6 +500,7 @@ STEPS = [
     (pipeline, "transform_weights", "transform weights"),
     (pipeline, "rewrite_graph", "rewrite graph"),
     (pipeline, "restore_spellings", "restore spellings"),
+    (pipeline, "renew_values", "renew values"),
     (pipeline, "check_graph", "check graph"),
     (backend, "_compile", "compile"),
 ]

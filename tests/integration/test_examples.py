@@ -15,6 +15,7 @@ SAYS = {
     "rewrite_and_save.py": "24 of 24 attention products rewritten",
     "verify_your_model.py": "NOT EQUIVALENT",
     "explain.py": "skipped, returned by the program",
+    "register_attention.py": "2 of 2 attention products rewritten",
 }
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 from tests.programs import B, D, E, H, example, randn, rewrite_in_float64, seeded
 
@@ -27,6 +29,8 @@ class Projections(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(E, H * D) for _ in range(3))
         self.o = nn.Linear(H * D, E)
+        self.register_buffer("order", torch.tensor([4, 0, 5, 2, 1, 3]))
+        self.register_buffer("factor", torch.tensor(2.0))
         self.body = body
         seeded(self)
 
@@ -67,7 +71,7 @@ def perm_per_batch(m: Projections, x: Tensor) -> Any:
     return m.out(F.scaled_dot_product_attention(q, k, v))
 
 
-@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
 def perm_both_per_batch(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     k = torch.cat([k[:1], k[1:].flip(-1)], 0)
@@ -164,7 +168,7 @@ def pad_feature(m: Projections, x: Tensor) -> Any:
     )
 
 
-@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+@case([("qk", 4, 2), ("qk", 4, 4), ("vo", 4, 6)], [])
 def partial_zero(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     z = torch.zeros_like(k[:, :, :1, :2])
@@ -182,19 +186,19 @@ def partial_zero_v(m: Projections, x: Tensor) -> Any:
     return m.out(F.scaled_dot_product_attention(q, k, v))
 
 
-@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+@case([("vo", 4, 6)], [("qk", "SHARED_WEIGHT")])
 def k_eq_q_weight(m: Projections, x: Tensor) -> Any:
     (q, _, v), k = m.qkv(x), m.qkv(x)[0]
     return m.out(F.scaled_dot_product_attention(q, k, v))
 
 
-@case([], [("qk", "MISMATCHED"), ("vo", "MISMATCHED")])
+@case([("qk+vo", 4, 6)], [])
 def k_eq_v(m: Projections, x: Tensor) -> Any:
     q, k, _ = m.qkv(x)
     return m.out(F.scaled_dot_product_attention(q, k, k))
 
 
-@case([("qk", 4, 6)], [("vo", "ROTATED"), ("vo", "ROTATED")])
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
 def two_attn_one_k(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     return m.out(
@@ -244,13 +248,13 @@ def attn_mask_from_k(m: Projections, x: Tensor) -> Any:
     )
 
 
-@case([], [("qk", "MISMATCHED")])
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
 def linear_attention(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     return m.out(q @ (k.transpose(-1, -2) @ v))
 
 
-@case([("qk", 4, 6)], [("vo", "ROTATED")])
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
 def v_residual(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     return m.out(F.scaled_dot_product_attention(q, k, v) + v)
@@ -306,7 +310,7 @@ def div_feature(m: Projections, x: Tensor) -> Any:
     return m.out(F.scaled_dot_product_attention(q, k / (1 + x[:, None, :, :D].abs()), v))
 
 
-@case([("qk", 1, 6), ("vo", 4, 6)], [])
+@case([("qk", 2, 6), ("vo", 4, 6)], [])
 def gqa_group_perm(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     k = k[:, :2].repeat_interleave(2, 1)
@@ -314,7 +318,7 @@ def gqa_group_perm(m: Projections, x: Tensor) -> Any:
     return m.out(F.scaled_dot_product_attention(q, k, v))
 
 
-@case([("qk", 1, 6), ("vo", 4, 6)], [])
+@case([("qk", 2, 6), ("vo", 4, 6)], [])
 def gqa_group_perm_q(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     k = k[:, :2].repeat_interleave(2, 1)
@@ -351,11 +355,593 @@ def o_on_tokens_cat(m: Projections, x: Tensor) -> Any:
     return m.o(torch.cat([o, F.pad(x, (0, 4))], 1))
 
 
-@case([("qk", 4, 6)], [("vo", "MISMATCHED")])
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
 def per_head_o(m: Projections, x: Tensor) -> Any:
     q, k, v = m.qkv(x)
     o = F.scaled_dot_product_attention(q, k, v)
     return F.linear(o, m.o.weight[:, :D])
+
+
+# -- outputs that alias -----------------------------------------------------------------------
+
+
+@case([("vo", 4, 6)], [("qk", "RETURNED")])
+def k_and_a_view_of_it_returned(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v)), k.transpose(1, 2), k
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def output_returned_twice(m: Projections, x: Tensor) -> Any:
+    out = m.out(F.scaled_dot_product_attention(*m.qkv(x)))
+    return out, out, out.view(-1)
+
+
+@case([("qk", 4, 6), ("vo", 4, 5)], [])
+def one_feature_of_v_returned(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v)), v[..., 2]
+
+
+@case([("qk", 4, 6), ("vo", 3, 6)], [])
+def one_head_of_v_returned(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v)), v[:, 1].flatten(1)
+
+
+@case([("qk", 4, 6)], [("vo", "RETURNED")])
+def attention_output_returned(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    return out.transpose(1, 2), m.out(out)
+
+
+@case([("vo", 4, 6)], [("qk", "RETURNED")])
+def q_returned_detached(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v)), q.detach()
+
+
+@case([("qk", 1, 4), ("vo", 4, 6)], [])
+def k_written_into_the_input(m: Projections, x: Tensor) -> Any:
+    """All but the last four features of the last head are."""
+    q, k, v = m.qkv(x)
+    out = m.out(F.scaled_dot_product_attention(q, k, v))
+    x.copy_(k.transpose(1, 2).flatten(-2)[..., :E])
+    return out
+
+
+# -- writes into views ------------------------------------------------------------------------
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def one_token_of_k_scaled_in_place(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k[:, :, 0].mul_(0.5)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "COMPUTED")])
+def one_token_of_k_zeroed_in_place(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k[:, :, 0] = 0
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("qk", 4, 5), ("vo", 4, 6)], [])
+def one_feature_of_k_zeroed_in_place(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k[..., 1] = 0
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "NO_PROJECTION")])
+def one_token_of_k_overwritten(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k[:, :, 0] = x[:, 0, None, :D]
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+def features_of_k_copied_onto_others(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k[..., :3] = k[..., 3:]
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def features_of_k_swapped_in_place(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    first = k[..., :3].clone()
+    k[..., :3] = k[..., 3:]
+    k[..., 3:] = first
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("qk", 3, 6), ("vo", 4, 6)], [])
+def one_head_of_k_overwritten_by_another(m: Projections, x: Tensor) -> Any:
+    """Head 0 meets no query any more, head 1 meets two."""
+    q, k, v = m.qkv(x)
+    k[:, 0] = k[:, 1]
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("qk", 4, 6), ("vo", 4, 5)], [])
+def one_feature_of_the_output_scaled_in_place(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    out[..., 0].mul_(2.0)
+    return m.out(out)
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def one_token_of_the_output_scaled_in_place(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    out[:, :, 0].mul_(2.0)
+    return m.out(out)
+
+
+@case([("qk", 4, 6), ("vo", 3, 6)], [])
+def one_head_of_the_output_zeroed_in_place(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    out[:, 2].zero_()
+    return m.out(out)
+
+
+@case([("qk", 4, 6)], [("vo", "ADDED")])
+def the_output_added_to_in_place(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    out += x[:, None, :, :D]
+    return m.out(out)
+
+
+# -- orders of features -----------------------------------------------------------------------
+
+
+@case([("qk", 4, 6), ("vo", 2, 6)], [])
+def values_of_a_group_in_two_orders(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    v = v[:, :2].repeat_interleave(2, 1)
+    v = torch.cat([v[:, :1], v[:, 1:2].flip(-1), v[:, 2:]], 1)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "MISMATCHED"), ("qk", "MISMATCHED")])
+def one_query_meets_a_key_in_two_orders(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    scores = q @ k.mT + q @ k.roll(1, -1).mT
+    return m.out(scores.softmax(-1) @ v)
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def every_head_in_an_order_of_its_own(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    q = torch.stack([q[:, h].roll(h, -1) for h in range(H)], 1)
+    k = torch.stack([k[:, h].roll(h, -1).flip(-1) for h in range(H)], 1)
+    v = torch.stack([v[:, h].roll(2 * h, -1) for h in range(H)], 1)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return m.out(torch.stack([out[:, h].roll(-h, -1) for h in range(H)], 1))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def order_from_a_buffer(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k[..., m.order], v.index_select(-1, m.order)))
+
+
+@case([("vo", 4, 6)], [("qk", "DATA_DEPENDENT")])
+def order_from_a_buffer_and_the_input(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    order = m.order.roll(1) if x.shape[0] == 0 else (m.order + (x[0, 0, 0] > 0).long()) % D
+    return m.out(F.scaled_dot_product_attention(q[..., order], k[..., order], v))
+
+
+@case([("vo", 4, 6)], [("qk", "DATA_DEPENDENT")])
+def order_sorted_by_the_input(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    order = x[0, 0, :D].argsort()
+    return m.out(F.scaled_dot_product_attention(q, k[..., order], v))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def features_shuffled_between_heads(m: Projections, x: Tensor) -> Any:
+    """The same way for queries and keys, and for values and outputs."""
+    order = torch.arange(H * D).view(H, D).t().flatten().roll(5)
+    q, k, v = (f(x)[..., order].unflatten(-1, (H, D)).transpose(1, 2) for f in (m.q, m.k, m.v))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+    return m.o(out[..., order.argsort()])
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def heads_cut_in_two_ways(m: Projections, x: Tensor) -> Any:
+    """Heads are rows of one view and columns of the other: features still meet one to one."""
+    q, _, v = m.qkv(x)
+    k = m.k(x).unflatten(-1, (D, H)).permute(0, 3, 1, 2)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "NOTHING_SAVED")])
+def tokens_and_features_scrambled(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(
+        F.scaled_dot_product_attention(
+            q, k.mT.clone(memory_format=torch.contiguous_format).view(k.shape), v
+        )
+    )
+
+
+# The features of q are weights, with which keys are mixed over tokens before they meet the values.
+@case([("qk+vo", 4, 6)], [])
+def features_of_q_meet_tokens_of_k(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    window = k[:, :, :2]
+    return m.out(((q[..., :2] @ window) @ v.mT).softmax(-1) @ v)
+
+
+# -- factors and sums -------------------------------------------------------------------------
+
+
+@case([("vo", 4, 6)], [("qk", "NOTHING_SAVED")])
+def factor_for_each_feature(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k * m.q.weight.new_tensor(range(1, 7)), v))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def factor_for_each_head(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    factor = x.new_tensor([1.0, 2, 3, 4])[:, None, None]
+    return m.out(F.scaled_dot_product_attention(q, k * factor, v / factor))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def factor_for_each_token(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    factor = x[:, None, :, :1].tanh()
+    return m.out(F.scaled_dot_product_attention(q * factor, k * factor.exp(), v * factor))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def factor_from_a_buffer(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k * m.factor, v / m.factor))
+
+
+@case([("qk", 8, 3), ("vo", 8, 3)], [])
+def quarter_turn(m: Projections, x: Tensor) -> Any:
+    """cat(-b, a): a move and a sign."""
+    q, k, v = m.qkv(x)
+    k, v = (torch.cat([-t[..., 3:], t[..., :3]], -1) for t in (k, v))
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "ADDED")])
+def input_added_to_k(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k + x[:, None, :, :D], v))
+
+
+@case([("vo", 4, 6)], [("qk", "ADDED")])
+def input_added_to_q(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q - x.mean(1)[:, None, None, :D], k, v))
+
+
+@case([("qk", 4, 6)], [("vo", "ADDED")])
+def input_added_before_the_output_linear(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x)).transpose(1, 2).flatten(-2)
+    return m.o(out + F.pad(x, (0, H * D - E)))
+
+
+@case([], [("qk", "ROTATED"), ("vo", "ROTATED")])
+def rotation_by_halves(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    angle = torch.arange(x.shape[1])[:, None] * 0.3 ** torch.arange(3).to(x)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(t: Tensor) -> Tensor:
+        a, b = t.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return m.out(F.scaled_dot_product_attention(turn(q), turn(k), turn(v)))
+
+
+@case([("vo", 4, 6)], [("qk", "ROTATED")])
+def rotation_of_complex_numbers(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    angle = torch.arange(x.shape[1])[:, None] * 0.3 ** torch.arange(3).to(x)
+    unit = torch.polar(torch.ones_like(angle), angle)
+
+    def turn(t: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(t.unflatten(-1, (3, 2)).contiguous())
+        return torch.view_as_real(pairs * unit).flatten(-2)
+
+    return m.out(F.scaled_dot_product_attention(turn(q), turn(k), v))
+
+
+@case([("qk", 4, 4), ("vo", 4, 6)], [])
+def rotation_of_two_features(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    angle = torch.arange(x.shape[1])[:, None].to(x)
+
+    def turn(t: Tensor) -> Tensor:
+        a, b, rest = t.split([1, 1, 4], -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos(), rest], -1)
+
+    return m.out(F.scaled_dot_product_attention(turn(q), turn(k), v))
+
+
+@case([("vo", 4, 6)], [("qk", "NORMALISED")])
+def rms_norm_of_each_head(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,), x.new_ones(D))
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("vo", 4, 6)], [("qk", "NORMALISED")])
+def rms_norm_of_all_heads_of_q(m: Projections, x: Tensor) -> Any:
+    _, k, v = m.qkv(x)
+    q = F.rms_norm(m.q(x), (H * D,)).unflatten(-1, (H, D)).transpose(1, 2)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+@case([("qk", 4, 6)], [("vo", "NORMALISED")])
+def output_divided_by_its_norm(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x))
+    return m.out(out / (1 + out.norm(dim=-1, keepdim=True)))
+
+
+# -- other readers and spellings --------------------------------------------------------------
+
+
+@case([("qk", 4, 6)], [("vo", "NO_PROJECTION")])
+def output_linear_reads_the_input_too(m: Projections, x: Tensor) -> Any:
+    out = m.out(F.scaled_dot_product_attention(*m.qkv(x)))
+    return out + m.o(F.pad(x, (0, H * D - E)))
+
+
+@case([], 2 * [("qk", "COMPUTED")] + 2 * [("vo", "COMPUTED")])
+def output_linear_reads_a_spoilt_attention_too(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    attend = F.scaled_dot_product_attention
+    return m.out(attend(q, k, v)) + m.out(attend(q.relu(), k, q.relu()))
+
+
+@case([("qk", 4, 6)], [("vo", "NO_PROJECTION")])
+def output_linear_reads_scores_too(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    weights = (q @ k.mT).softmax(-1)
+    some = weights[..., :1].flatten(1)[:, :H].repeat_interleave(D, 1)
+    return m.out(weights @ v) + m.o(some)[:, None]
+
+
+@case([("qk", 4, 6)], [("vo", "SHARED_WEIGHT")])
+def output_weight_is_read_as_a_table(m: Projections, x: Tensor) -> Any:
+    out = m.out(F.scaled_dot_product_attention(*m.qkv(x)))
+    return out + m.o.weight[0].sum()
+
+
+@case([], [("qk", "SHARED_WEIGHT"), ("vo", "SHARED_WEIGHT")])
+def output_weight_is_that_of_the_keys(m: Projections, x: Tensor) -> Any:
+    """Each could get values of its own, but one weight would then be two."""
+    out = F.scaled_dot_product_attention(*m.qkv(x)).transpose(1, 2).flatten(-2)
+    return F.linear(out, m.k.weight.t())
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def key_weight_is_computed_from_constants(m: Projections, x: Tensor) -> Any:
+    q, _, v = m.qkv(x)
+    k = F.linear(x, m.k.weight * m.factor / m.k.weight.norm()).unflatten(-1, (H, D))
+    return m.out(F.scaled_dot_product_attention(q, k.transpose(1, 2), v))
+
+
+@case([("vo", 4, 6)], [("qk", "NO_PROJECTION")])
+def key_weight_depends_on_the_input(m: Projections, x: Tensor) -> Any:
+    q, _, v = m.qkv(x)
+    k = F.linear(x, m.k.weight * x.mean()).unflatten(-1, (H, D))
+    return m.out(F.scaled_dot_product_attention(q, k.transpose(1, 2), v))
+
+
+@case([("qk", 4, 6)], [("vo", "COMPUTED")])
+def mask_made_of_values(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    mask = (v.sum(-1) > 0)[:, :, None]
+    return m.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@case([("vo", 4, 6)], [("qk", "SHARED_WEIGHT")])
+def keys_meet_keys(m: Projections, x: Tensor) -> Any:
+    _, k, v = m.qkv(x)
+    return m.out((k @ k.mT).softmax(-1) @ v)
+
+
+@case([("qk+vo", 4, 6)], [])
+def weights_mix_the_keys(m: Projections, x: Tensor) -> Any:
+    q, k, _ = m.qkv(x)
+    return m.out((q @ k.mT).softmax(-1) @ k)
+
+
+@case([("qk", 8, 3), ("vo", 4, 6)], [])
+def halves_scored_apart(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    scores = (q[..., :3] @ k[..., :3].mT).tanh() * (q[..., 3:] @ k[..., 3:].mT).sigmoid()
+    return m.out(scores.softmax(-1) @ v)
+
+
+@case([("qk", 8, 3), ("vo", 4, 6)], [])
+def products_of_a_whole_and_of_a_half(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    scores = (q @ k.mT).tanh() + (q[..., :3] @ k[..., :3].mT)
+    return m.out(scores.softmax(-1) @ v)
+
+
+@case([("vo", 4, 6)], [])
+def features_summed_apart(m: Projections, x: Tensor) -> Any:
+    """Σᵢ qᵢ Σⱼ kⱼ is no product of q and k."""
+    q, k, v = m.qkv(x)
+    scores = torch.einsum("bhid,bhje->bhij", q, k)
+    return m.out(scores.softmax(-1) @ v)
+
+
+@case([("vo", 4, 6)], [])
+def scores_without_a_contraction(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    scores = (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
+    return m.out(scores.softmax(-1) @ v)
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def sliding_windows(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    k, v = (F.pad(t, (0, 0, 2, 0)).unfold(2, 3, 1).mT for t in (k, v))
+    scores = (q[..., None, :] @ k.mT).softmax(-1)
+    return m.out((scores @ v).squeeze(-2))
+
+
+@case([("qk", 4, 6)], [("vo", "COMPUTED")])
+def values_summed_over_tokens(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v.cumsum(2)))
+
+
+@case([("vo", 4, 6)], [])
+def softmax_of_features(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(q.softmax(-1) @ (k.softmax(-2).mT @ v))
+
+
+# -- sums of projections and constants --------------------------------------------------------
+
+
+@case([("qk+vo", 4, 6)], [])
+def queries_added_to_the_output(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v) + q)
+
+
+@case([("vo", 4, 6)], [("qk", "SHARED_WEIGHT")])
+def queries_added_to_keys(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k + q, v))
+
+
+@case([("qk+vo", 4, 6)], [])
+def keys_added_to_values(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k, v - k))
+
+
+@case([], [("qk", "MISMATCHED"), ("vo", "MISMATCHED")])
+def one_table_added_to_queries_and_keys(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    u = m.o.bias[:D]
+    return m.out(F.scaled_dot_product_attention(q + u, k + u, v + u))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def constant_added_before_the_output_linear(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x)).transpose(1, 2).flatten(-2)
+    return m.o(out + m.q.bias) + m.q.bias[:E]
+
+
+@case([], [("qk", "NOTHING_SAVED"), ("vo", "NOTHING_SAVED")])
+def sum_with_a_factor_for_each_feature(m: Projections, x: Tensor) -> Any:
+    """The linear of v makes a second key; the factor is on that term alone."""
+    q, k, v = m.qkv(x)
+    more = v.flip(2) * x.new_tensor(range(D))
+    return m.out(F.scaled_dot_product_attention(q, k + more, q))
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def sum_with_a_factor_for_each_token(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    more = m.k(x.flip(1)).unflatten(-1, (H, D)).transpose(1, 2)
+    return m.out(
+        F.scaled_dot_product_attention(q, torch.sub(k, more * x[:, None, :, 2:3], alpha=3), v)
+    )
+
+
+@case([("vo", 4, 6)], [("qk", "NORMALISED")])
+def difference_to_the_mean_token(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q, k - k.mean(2, keepdim=True), v))
+
+
+@case([("vo", 4, 6)], [("qk", "ROTATED")])
+def difference_of_heads(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q - q.roll(1, 1), k, v))
+
+
+@case([("qk+vo", 4, 6)], [])
+def outputs_are_queries(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    again = F.scaled_dot_product_attention(q, k, v)
+    return m.out(F.scaled_dot_product_attention(again, k, v))
+
+
+@case([("qk+vo", 4, 6)], [])
+def outputs_are_keys(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    again = F.scaled_dot_product_attention(q, k, v)
+    return m.out(F.scaled_dot_product_attention(q, again, v.flip(2)))
+
+
+@case([("qk", 4, 6), ("vo", 2, 6), ("vo", 2, 6)], [])
+def output_linear_in_two_parts(m: Projections, x: Tensor) -> Any:
+    out = F.scaled_dot_product_attention(*m.qkv(x)).transpose(1, 2).flatten(-2)
+    left, right = m.o.weight[:, : 2 * D], m.o.weight[:, 2 * D :]
+    return F.linear(out[..., : 2 * D], left) + F.linear(out[..., 2 * D :], right)
+
+
+@case([("qk", 4, 6)], [("vo", "SHARED_WEIGHT")])
+def output_weight_by_heads_reads_the_input_too(m: Projections, x: Tensor) -> Any:
+    weight = m.o.weight.t().unflatten(0, (H, D))
+    out = torch.einsum("bhsd,hde->bse", F.scaled_dot_product_attention(*m.qkv(x)), weight)
+    return out + torch.einsum("bsd,de->bse", x[..., :D], weight[0])
+
+
+@case([("qk", 4, 6), ("vo", 4, 6)], [])
+def biases_of_two_uses(m: Projections, x: Tensor) -> Any:
+    """One weight, a bias for each attention, one of them also returned."""
+    q, k, v = m.qkv(x)
+    other = F.linear(x.flip(1), m.k.weight, m.v.bias).unflatten(-1, (H, D)).transpose(1, 2)
+    attend = F.scaled_dot_product_attention
+    return m.out(attend(q, k, v) + attend(q, other, v)), m.k.bias * 2
+
+
+@case([("vo", 4, 6)], [("qk", "NO_PROJECTION"), ("qk", "SHARED_WEIGHT")])
+def bias_that_depends_on_the_input(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    bias = F.pad(x.mean((0, 1)), (0, H * D - E))
+    other = F.linear(x, m.k.weight, bias).unflatten(-1, (H, D)).transpose(1, 2)
+    attend = F.scaled_dot_product_attention
+    return m.out(attend(q, k, v) + attend(q, other, v))
+
+
+@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+def features_repeated_on_both_sides(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    return m.out(F.scaled_dot_product_attention(q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), v))
+
+
+@case([("vo", 4, 6)], [("qk", "MISMATCHED")])
+def features_met_in_two_orders_at_once(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    both = torch.cat([k, k.flip(-1)], -1)
+    return m.out(F.scaled_dot_product_attention(q.repeat(1, 1, 1, 2), both, v))
+
+
+@case([], [("qk", "DATA_DEPENDENT"), ("vo", "DATA_DEPENDENT")])
+def tokens_chosen_by_the_input(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    first = x[0, :, 0].argsort()[:3]
+    return m.out(F.scaled_dot_product_attention(q, k[:, :, first], v[:, :, first]))
+
+
+@case([("vo", 4, 6)], [("qk", "DATA_DEPENDENT")])
+def heads_chosen_by_the_input(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    order = x[0, 0, :H].argsort()
+    return m.out(F.scaled_dot_product_attention(q, k[:, order], v))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -388,3 +974,216 @@ def test_a_meeting_that_holds_at_one_size_only_is_refused() -> None:
     )
     assert [s.product for s in dynamic.rewritten] == ["vo"]
     assert [s.reason_code for s in dynamic.skipped] == ["MISMATCHED"]
+
+
+# -- state that a call leaves behind ----------------------------------------------------------
+
+Stateful = tuple[Callable[[], nn.Module], list[str], list[tuple[str, str]]]
+STATEFUL: dict[str, Stateful] = {}
+
+
+def stateful(rewritten: list[str], skipped: list[tuple[str, str]]) -> Any:
+    def note(module: type[nn.Module]) -> type[nn.Module]:
+        STATEFUL[module.__name__] = (module, rewritten, skipped)
+        return module
+
+    return note
+
+
+class State(Projections):
+    """``body`` is a method here; the key weight may be a buffer, which a program can change."""
+
+    def __init__(self, buffers: tuple[str, ...] = ()) -> None:
+        super().__init__(lambda m, x: m.run(x))
+        for name in buffers:
+            linear = getattr(self, name)
+            weight = linear.weight.detach().clone()
+            del linear.weight
+            linear.register_buffer("weight", weight)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.out(F.scaled_dot_product_attention(*self.qkv(x)))
+
+
+@stateful(["vo"], [("qk", "NO_PROJECTION")])
+class KeyWeightDoubledBeforeUse(State):
+    def __init__(self) -> None:
+        super().__init__(("k",))
+
+    def run(self, x: Tensor) -> Tensor:
+        self.k.weight.mul_(2)
+        return self.attend(x)
+
+
+@stateful(["vo"], [("qk", "NO_PROJECTION")])
+class KeyWeightDoubledAfterUse(State):
+    def __init__(self) -> None:
+        super().__init__(("k",))
+
+    def run(self, x: Tensor) -> Tensor:
+        out = self.attend(x)
+        self.k.weight.mul_(2)
+        return out
+
+
+@stateful(["vo"], [("qk", "NO_PROJECTION")])
+class QueryWeightMovesTowardsTheInput(State):
+    def __init__(self) -> None:
+        super().__init__(("q",))
+
+    def run(self, x: Tensor) -> Tensor:
+        out = self.attend(x)
+        self.q.weight.add_(x.mean())
+        return out
+
+
+@stateful(["vo"], [("qk", "NO_PROJECTION")])
+class WeightsChangePlaces(State):
+    """Buffers that change places: each call attends with the other's weight."""
+
+    def __init__(self) -> None:
+        super().__init__(("k", "q"))
+
+    def run(self, x: Tensor) -> Tensor:
+        out = self.attend(x)
+        old = self.k.weight.clone()
+        self.k.weight.copy_(self.q.weight)
+        self.q.weight.copy_(old)
+        return out
+
+
+@stateful(["qk"], [("vo", "COMPUTED")])
+class OutputWeightDecays(State):
+    def __init__(self) -> None:
+        super().__init__(("o",))
+
+    def run(self, x: Tensor) -> Tensor:
+        self.o.weight[0].mul_(0.5)
+        return self.attend(x)
+
+
+@stateful(["vo"], [("qk", "NO_PROJECTION")])
+class KeyBiasMoves(State):
+    def __init__(self) -> None:
+        super().__init__()
+        bias = self.k.bias.detach().clone()
+        del self.k.bias
+        self.k.register_buffer("bias", bias)
+
+    def run(self, x: Tensor) -> Tensor:
+        out = self.attend(x)
+        self.k.bias.add_(1)
+        return out
+
+
+@stateful(["vo"], [("qk", "DATA_DEPENDENT")])
+class OrderOfKeysTurns(State):
+    """A buffer holds the order; what meets at the first call does not at the second."""
+
+    def run(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        out = self.out(F.scaled_dot_product_attention(q, k[..., self.order], v))
+        self.order.copy_(self.order.roll(1))
+        return out
+
+
+@stateful(["qk", "vo"], [])
+class FactorGrows(State):
+    """A factor for all features may be anything, even one that changes."""
+
+    def run(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        self.factor.mul_(1.5)
+        return self.out(F.scaled_dot_product_attention(q, k * self.factor, v))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_never_wrong_at_the_next_call(name: str) -> None:
+    module, rewritten, skipped = STATEFUL[name]
+    calls = tuple((example(seed=i),) for i in range(1, 4))
+    report = rewrite_in_float64(module(), (example(),), others=calls)
+    assert sorted(s.product for s in report.rewritten) == rewritten
+    assert sorted((s.product, s.reason_code) for s in report.skipped) == skipped
+
+
+# -- attention in and beside loops ------------------------------------------------------------
+
+
+def attention_in_a_while_loop(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+
+    def again(i: Tensor, heads: Tensor, k: Tensor, v: Tensor) -> Any:
+        heads = F.scaled_dot_product_attention(heads, k, v)
+        return i + 1, heads, k.clone(), v.clone()
+
+    start = (torch.zeros((), dtype=torch.int64), q, k, v)
+    _, heads, _, _ = while_loop(lambda i, *_: i < 3, again, start)
+    return m.out(heads)
+
+
+def while_loop_beside_attention(m: Projections, x: Tensor) -> Any:
+    start = (torch.zeros((), dtype=torch.int64), x)
+    _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), start)
+    return m.out(F.scaled_dot_product_attention(*m.qkv(y))) + y
+
+
+def while_loop_on_keys(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+    start = (torch.zeros((), dtype=torch.int64), k)
+    _, k = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), start)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+def attention_in_a_scan(m: Projections, x: Tensor) -> Any:
+    """One token at a time."""
+    q, k, v = m.qkv(x)
+
+    def step(carry: Tensor, token: Tensor) -> Any:
+        out = F.scaled_dot_product_attention(token[:, :, None], k, v)[:, :, 0]
+        return carry + 1, out
+
+    _, heads = scan(step, torch.zeros(1), q, dim=2)
+    return m.out(heads)
+
+
+def scan_beside_attention(m: Projections, x: Tensor) -> Any:
+    """A running mean of the inputs, which is what the attention reads."""
+
+    def step(carry: Tensor, token: Tensor) -> Any:
+        carry = 0.5 * carry + token
+        return carry, carry.clone()
+
+    _, y = scan(step, torch.zeros_like(x[:, 0]), x, dim=1)
+    return m.out(F.scaled_dot_product_attention(*m.qkv(y)))
+
+
+def scan_over_values(m: Projections, x: Tensor) -> Any:
+    q, k, v = m.qkv(x)
+
+    def step(carry: Tensor, token: Tensor) -> Any:
+        carry = 0.5 * carry + token
+        return carry, carry.clone()
+
+    _, v = scan(step, torch.zeros_like(v[:, :, 0]), v, dim=2)
+    return m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+NESTED = ([], [("qk", "NESTED"), ("vo", "NESTED")])
+
+
+@pytest.mark.parametrize(
+    ("body", "rewritten", "skipped"),
+    [
+        (attention_in_a_while_loop, *NESTED),
+        (while_loop_beside_attention, ["qk", "vo"], []),
+        (while_loop_on_keys, ["vo"], [("qk", "COMPUTED")]),
+        (attention_in_a_scan, *NESTED),
+        (scan_beside_attention, ["qk", "vo"], []),
+        (scan_over_values, ["qk"], [("vo", "COMPUTED")]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_loops(body: Body, rewritten: list[str], skipped: list[tuple[str, str]]) -> None:
+    report = rewrite_in_float64(Projections(body), (example(),))
+    assert sorted(s.product for s in report.rewritten) == rewritten
+    assert sorted((s.product, s.reason_code) for s in report.skipped) == skipped

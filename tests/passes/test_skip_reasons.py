@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bda_fx
-from bda_fx.passes import label_features
+from bda_fx.passes import label_moves
 from bda_fx.passes.sites import Reason
 from bda_fx.report import Report
-from tests.programs import FULL, Attention, D, E, FusedAttention, H, example, seeded
+from tests.programs import FULL, Attention, B, D, E, FusedAttention, H, example, seeded
 
 Case = Callable[[], tuple[nn.Module, str, dict[str, Any]]]
 CASES: dict[Reason, Case] = {}
@@ -173,7 +173,7 @@ def rank_deficient() -> Any:
     model = Attention()
     with torch.no_grad():
         model.k.weight[:D] = 0
-    return model, "qk", {}
+    return model, "qk", {"side": "kv"}
 
 
 @case(Reason.TOO_NOISY)
@@ -184,6 +184,43 @@ def too_noisy() -> Any:
 @case(Reason.NOT_REQUESTED)
 def not_requested() -> Any:
     return Attention(), "qk", {"products": ("vo",)}
+
+
+@case(Reason.CACHED)
+def cached() -> Any:
+    class Buffered(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("past", torch.zeros(B, H, 9, D))
+
+        def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+            q, k, v = self.project(x, x)
+            k = self.past.index_copy_(2, torch.arange(x.shape[1]), k)
+            v = F.pad(v, (0, 0, 0, 9 - v.shape[2]))
+            out = F.scaled_dot_product_attention(q, k, v)
+            return self.o(out.transpose(1, 2).flatten(-2))
+
+    return Buffered(), "qk", {}
+
+
+@torch.library.custom_op("bda_fx_tests::unknown_attention", mutates_args=())
+def unknown_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@unknown_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@case(Reason.UNKNOWN_OP)
+def unknown_op() -> Any:
+    class Custom(Attention):
+        def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+            out = unknown_attention(*self.project(x, x))
+            return self.o(out.transpose(1, 2).flatten(-2))
+
+    return Custom(), "vo", {}
 
 
 @case(Reason.NESTED)
@@ -229,7 +266,7 @@ def test_unproven_where_a_movement_cannot_be_followed(monkeypatch: pytest.Monkey
     def refuse(*args: Any) -> Any:
         raise RuntimeError("shape is invalid for this size")
 
-    monkeypatch.setattr(label_features, "run_move", refuse)
+    monkeypatch.setattr(label_moves, "run_move", refuse)
     report = report_for(Attention(), {})
     assert {s.reason_code for s in report.skipped} == {Reason.UNPROVEN.name}
 

@@ -11,8 +11,7 @@ from bda_fx.passes.change_basis import (
     change_basis,
     decompose_product_columns,
     decompose_product_rows,
-    transform_output_side,
-    transform_query_side,
+    turn_vectors,
 )
 from bda_fx.passes.choose_basis import STRATEGIES, choose_basis
 from tests.tolerances import FLOAT64_IDENTITY, identity
@@ -62,8 +61,9 @@ def assert_products_unchanged(heads: Tensor, bias: Tensor, rows: Tensor, groups:
     o = randn(h, d, OUT_WIDTH, seed=5)
     change = change_basis(heads, rows, bias)
     assert change.residual <= identity(change.condition)
-    moved_u, moved_a = transform_query_side(u, a, change, groups)
-    moved_o = transform_output_side(o, change, groups)
+    moved_u = turn_vectors(u, change, groups, against=True)
+    moved_a = turn_vectors(a.unsqueeze(1), change, groups, against=True).squeeze(1)
+    moved_o = turn_vectors(o.mT, change, groups, against=True).mT
     scores = naive_scores(x, y, heads, bias, u, a, groups)
     values = naive_values(x, heads, bias, o, groups)
     for i, group in enumerate(groups.tolist()):

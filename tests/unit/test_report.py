@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from bda_fx import Report, SiteReport
-from bda_fx.passes.sites import Linear, Partner, Plan, Reason, Site, SitePlan, Skip
+from bda_fx.passes.sites import Factor, Linear, Plan, Reason, Site, SitePlan, Skip
 from bda_fx.report import report_of
 
 REWRITTEN = SiteReport(
@@ -63,7 +63,7 @@ def test_dict_has_every_field() -> None:
 
 def test_summary() -> None:
     assert REPORT.summary() == (
-        "1 of 2 attention products rewritten; their K/V projections: 504 → 404 parameters "
+        "1 of 2 attention products rewritten; their decomposed projections: 504 → 404 parameters "
         "(-19.8 %); all weights: 4,000 → 3,600 bytes"
     )
 
@@ -106,7 +106,7 @@ def test_report_of_plan_counts_the_projection() -> None:
     linear = Linear("k.weight", "p_k", ("linear",), ("p_bias",), 20, 12)
     query = Linear("q.weight", "p_q", ("linear_1",), (None,), 20, 12)
     heads = (tuple(range(6)), tuple(range(6, 12)))
-    site = Site("qk", linear, heads, (Partner(query, "out", heads, (0, 1)),), ("matmul",))
+    site = Site("qk", linear, heads, (Factor(query, "out", heads, (0, 1)),), ("matmul",))
     item = SitePlan(site, "k_qk6", "pivot", 5, tuple(range(5)), 1.1, 1.2, 3.0)
     skip = Skip("vo", "matmul_1", Reason.RETURNED, "output", detail="a cache")
     report = report_of(Plan((item,), (skip,)))
