@@ -258,6 +258,23 @@ def constant_nodes(program: Program) -> dict[str, fx.Node]:
     return found
 
 
+def roots_of(node: fx.Node) -> list[fx.Node]:
+    """The placeholders that a constant expression is made of."""
+    if node.op == "placeholder":
+        return [node]
+    found: dict[fx.Node, None] = {}
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            found[current] = None
+        stack.extend(current.all_input_nodes)
+    return list(found)
+
+
 @contextlib.contextmanager
 def composite_attention() -> Iterator[None]:
     """Keep ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` off their fast path."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
-from bda_fx.passes.canonicalize import Program
+from bda_fx.passes.canonicalize import Program, roots_of
 from bda_fx.passes.choose_sizes import example_size
 from bda_fx.passes.op_rules import LINEAR
 from bda_fx.passes.run_moves import run_move
@@ -62,26 +62,17 @@ def weight_name(node: fx.Node, program: Program) -> str:
         path = path.all_input_nodes[0]
     if whole and len(roots) == 1:
         return name
-    siblings = [
-        n.name for n in program.graph.nodes if n.op == "call_function" and roots[0] in roots_of(n)
-    ]
-    return f"{name}_part{siblings.index(node.name)}"
+    return f"{name}_part{_dependents(roots[0]).index(node)}"
 
 
-def roots_of(node: fx.Node) -> list[fx.Node]:
-    """The placeholders that a constant expression is made of."""
-    if node.op == "placeholder":
-        return [node]
+def _dependents(root: fx.Node) -> list[fx.Node]:
+    """Every node that depends on ``root``, in the order of the graph."""
     found: dict[fx.Node, None] = {}
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            found[current] = None
-        stack.extend(current.all_input_nodes)
+    for node in root.graph.nodes:
+        if node.op == "call_function" and any(
+            n is root or n in found for n in node.all_input_nodes
+        ):
+            found[node] = None
     return list(found)
 
 

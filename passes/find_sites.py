@@ -3,11 +3,12 @@
 The labelled execution (``label_features``) reports, feature by feature, who meets whom and what
 else reads it. This pass turns that into sites:
 
-1. a feature is lost when anything but its contraction reads it, and takes with it every feature
-   that it meets, on both sides, to the end of the chain;
-2. what is left must pair up: a feature belongs to one head only, a query head meets one key head;
-3. heads of one weight with equally many features form a site. Weights, not nodes, carry features:
-   layers that share a weight either agree at every use or lose it.
+1. a feature is lost when anything but its contraction reads it, or when its weight is tied to
+   another reader. Weights, not nodes, carry features: layers that share a weight either agree at
+   every use or lose it;
+2. what is left falls into components that must change basis together (``resolve_meetings``), and
+   these into sites (``build_sites``);
+3. every product that no site covers becomes a skip with the reason.
 
 Requires: ``normalize_linears``. Changes nothing.
 """
@@ -23,10 +24,10 @@ from typing import Any
 from torch import fx
 
 from bda_fx.passes.build_sites import build_sites
-from bda_fx.passes.canonicalize import Program, constant_nodes
+from bda_fx.passes.canonicalize import Program, constant_nodes, roots_of
 from bda_fx.passes.choose_sizes import choices_of_sizes, index_value
 from bda_fx.passes.emit_node import innermost_frame
-from bda_fx.passes.find_linears import constant_linears, overlapping_weights, roots_of
+from bda_fx.passes.find_linears import constant_linears, overlapping_weights
 from bda_fx.passes.label_features import label_features, live_nodes
 from bda_fx.passes.labels import FIRST_CAUSE, Cause, Labelling, Meets, Product
 from bda_fx.passes.op_rules import ATTENTION, LINEAR, MATMULS
@@ -74,12 +75,10 @@ def find_sites(program: Program, *, opaque_cache: bool = False) -> Found:
         for pair, kinds in labelling.meets.items():
             meets[pair] |= kinds
         touched = {**labelling.touched, **touched}
-    touched.update(_tied(program, constants, linears, ports, touched))
-    for weight, other in overlapping_weights(constants, linears).items():
+    for weight, cause in _tied(program, constants, linears, ports, touched).items():
         for axis in (OUT, IN):
-            port = ports.of(weight, axis)
-            for feature in range(port.first, port.first + port.width):
-                touched.setdefault(feature, Cause(Reason.SHARED_WEIGHT, other))
+            for feature in ports.of(weight, axis).features:
+                touched.setdefault(feature, cause)
     leaving = {ports.owner(f).tensor for f in (*labellings[0].kept, *labellings[0].appended)}
     cached = {tensor.weight for tensor in leaving if isinstance(tensor, Linear)}
     if opaque_cache:
@@ -144,8 +143,8 @@ def _tied(
     linears: dict[str, Linear],
     ports: Ports,
     touched: dict[int, Cause],
-) -> dict[int, Cause]:
-    """Features of weights whose parameter is read by anything but a linear's weight argument."""
+) -> dict[str, Cause]:
+    """Weights whose parameter is read by anything but a linear's weight argument, or in parts."""
     readers: dict[fx.Node, fx.Node] = {}
     live = live_nodes(program.graph)
     copied = _copied(ports, touched)
@@ -159,16 +158,12 @@ def _tied(
             if arg.name in constants and read:
                 for root in roots_of(arg):
                     readers.setdefault(root, node)
-    found = {}
+    overlapping = overlapping_weights(constants, linears)
+    found = {w: Cause(Reason.SHARED_WEIGHT, other) for w, other in overlapping.items()}
     for weight in linears:
         for root in roots_of(constants[weight]):
             if root in readers:
-                cause = Cause(Reason.SHARED_WEIGHT, readers[root].name)
-                for axis in (OUT, IN):
-                    port = ports.of(weight, axis)
-                    for feature in range(port.first, port.first + port.width):
-                        if feature not in touched:
-                            found[feature] = cause
+                found[weight] = Cause(Reason.SHARED_WEIGHT, readers[root].name)
     return found
 
 
@@ -177,8 +172,7 @@ def _copied(ports: Ports, touched: dict[int, Cause]) -> set[tuple[str, str]]:
     found = set()
     for port in ports.all:
         constant = port.tensor
-        used = not any(f in touched for f in range(port.first, port.first + port.width))
-        if isinstance(constant, Constant) and used:
+        if isinstance(constant, Constant) and not any(f in touched for f in port.features):
             chain = (constant.node, *constant.path, constant.user)
             found |= set(itertools.pairwise(chain))
     return found

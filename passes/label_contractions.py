@@ -52,7 +52,7 @@ class Contractions(Meetings):
         if isinstance(port.tensor, Linear) and len(port.tensor.nodes) > 1:
             cause = Cause(Reason.NO_PROJECTION, node.name)
             cause = self.cause(code) if code <= FIRST_CAUSE else cause
-            self.lose(range(port.first, port.first + port.width), cause)
+            self.lose(port.features, cause)
 
     def meet_columns(self, node: fx.Node, weight: str, x: Labels) -> None:
         """A linear reads x [tokens, E]: attention outputs in it meet the linear's columns."""
@@ -114,20 +114,18 @@ class Contractions(Meetings):
         kinds = [self.sources.orientation(x.labels.ids) for x in (a, b)]
         codes = [self.value(x.node) for x in (a, b)]
         scores = [code == SCORES for code in codes]
-        out = self.shape(node)
         if all(scores):
             return SCORES
         if scores[0] or kinds == ["opaque", "passes"]:
             if kinds[1] == "meets":
                 return self.spoil(node)
             self.note_cached(b.node)
-            return self.pass_through(node, b.labels, out)
+            return self.pass_through(node, b.labels, self.shape(node))
         if scores[1] or kinds == ["passes", "opaque"]:
             if kinds[0] == "meets":
                 return self.spoil(node)
             self.note_cached(a.node)
-            passed = self.pass_through(node, a.labels, (*out[:-2], out[-1], out[-2]))
-            return passed if isinstance(passed, int) else transposed(self.materialise(passed))
+            return self.pass_left(node, a.labels)
         if any(isinstance(code, int) and code in (PLAIN, ZERO) for code in codes):
             constant = None
             outputs = any(bool(self.sources.mixed(x.labels.ids).any()) for x in (a, b))
@@ -159,10 +157,14 @@ class Contractions(Meetings):
         weights, passing = (a, b) if kinds[1] == "passes" else (b, a)
         self.found.products.append(self.product(node, QK, weights.labels.ids))
         self.touch(weights.labels, Reason.COMPUTED, node)
-        out = self.shape(node)
         if passing is b:
-            return self.pass_through(node, b.labels, out)
-        passed = self.pass_through(node, a.labels, (*out[:-2], out[-1], out[-2]))
+            return self.pass_through(node, b.labels, self.shape(node))
+        return self.pass_left(node, a.labels)
+
+    def pass_left(self, node: fx.Node, v: Labels) -> Value:
+        """The left operand v [*, m, c] is mixed over c: its features stay on the axis of m."""
+        *lead, m, n = self.shape(node)
+        passed = self.pass_through(node, v, (*lead, n, m))
         return passed if isinstance(passed, int) else transposed(self.materialise(passed))
 
     def neither_projected(self, node: fx.Node, a: Operand, b: Operand) -> Value:
@@ -196,8 +198,6 @@ class Contractions(Meetings):
             return self.spoil(node)
         key, value = sides if kinds[0] == "meets" else sides[::-1]
         self.meet(node, Operand(b if left else a, query), Operand(a if left else b, key))
-        out = self.shape(node)
-        passed = self.pass_through(node, value, (*out[:-2], out[-1], out[-2]) if left else out)
-        if left and not isinstance(passed, int):
-            passed = transposed(self.materialise(passed))
-        return passed
+        if left:
+            return self.pass_left(node, value)
+        return self.pass_through(node, value, self.shape(node))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
+from bda_fx.passes.canonicalize import roots_of
 from bda_fx.passes.labels import PLAIN, SCORES, ZERO, Labels, Outer, Source, Value, hashed
 from bda_fx.passes.run_moves import index_arguments, pads_with_values, run_move
 from bda_fx.passes.sites import Constant, Reason
@@ -85,7 +86,7 @@ class Moves(Tracker):
             return None
         path: list[fx.Node] = []
         root = arg
-        while _moves_one(root) and (root.op != "placeholder"):
+        while _moves_one(root):
             path.append(root)
             (root,) = _tensors(root)
         value = root.meta.get("val")
@@ -93,7 +94,7 @@ class Moves(Tracker):
             return None
         if not value.dtype.is_floating_point or not 1 < value.numel() <= MAX_CONSTANT:
             return None
-        if self.roots_numel(root) < value.numel():
+        if sum(r.meta["val"].numel() for r in roots_of(root)) < value.numel():
             return None  # a copy of it would be larger than what it is made of
         names = tuple(n.name for n in reversed(path))
         constant = Constant(
@@ -113,22 +114,7 @@ class Moves(Tracker):
 
     def comes_from_constant(self, node: fx.Node) -> bool:
         """Whether ``node`` is a constant, moved at most."""
-        while not self.is_constant(node) and _moves_one(node):
-            (node,) = _tensors(node)
-        return self.is_constant(node)
-
-    def roots_numel(self, node: fx.Node) -> int:
-        """Elements of the weights that a constant is computed from."""
-        seen, stack, total = {node}, [node], 0
-        while stack:
-            current = stack.pop()
-            if current.op == "placeholder":
-                total += current.meta["val"].numel()
-            for arg in current.all_input_nodes:
-                if arg not in seen:
-                    seen.add(arg)
-                    stack.append(arg)
-        return total
+        return self.is_constant(_origin(node))
 
     # -- caches -------------------------------------------------------------------------------
 
@@ -213,9 +199,8 @@ class Moves(Tracker):
 
     def is_input(self, node: Any) -> bool:
         """Whether ``node`` is an input of the program, moved at most."""
-        while _moves_one(node):
-            (node,) = _tensors(node)
-        return node.op == "placeholder" and not self.is_constant(node)
+        origin = _origin(node)
+        return origin.op == "placeholder" and not self.is_constant(origin)
 
     # -- factors and sums ---------------------------------------------------------------------
 
@@ -307,6 +292,13 @@ def _moves_one(node: fx.Node) -> bool:
     """Whether ``node`` moves the elements of a single tensor."""
     moves = node.target in rules.MOVES or node.target in rules.KEEPS
     return moves and len(_tensors(node)) == 1 and isinstance(node.meta.get("val"), Tensor)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What ``node`` is moved from."""
+    while _moves_one(node):
+        (node,) = _tensors(node)
+    return node
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -156,13 +156,17 @@ class Sources:
         """The features of linears and constants that a feature is the sum of."""
         return self.sums[feature - FIRST_SUM] if feature >= FIRST_SUM else (feature,)
 
+    def which(self, ids: Tensor) -> Tensor:
+        """The number of the source that each element id belongs to; -1 for codes."""
+        firsts = torch.tensor([s.first for s in self.all])
+        return torch.bucketize(ids.contiguous(), firsts, right=True) - 1
+
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features (codes kept) and token rows of element ids."""
         features, rows = ids.clone(), ids.clone()
         if not (ids >= 0).any():
             return features, rows
-        firsts = torch.tensor([s.first for s in self.all])
-        which = torch.bucketize(ids.contiguous(), firsts, right=True) - 1
+        which = self.which(ids)
         for index in which[ids >= 0].unique().tolist():
             source = self.all[index]
             mask = (which == index) & (ids >= 0)
@@ -183,11 +187,9 @@ class Sources:
 
     def mixed(self, ids: Tensor) -> Tensor:
         """Which ids are elements of attention outputs."""
-        found = torch.zeros_like(ids, dtype=torch.bool)
-        for source in self.all:
-            if source.mixed:
-                found |= (ids >= source.first) & (ids < source.first + source.numel)
-        return found
+        if not self.all:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return (ids >= 0) & torch.tensor([s.mixed for s in self.all])[self.which(ids).clamp_min(0)]
 
     def orientation(self, ids: Tensor) -> str:
         """Where features of [*, free, c] lie: along c ("meets"), free ("passes"), or neither."""

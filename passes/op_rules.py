@@ -44,6 +44,8 @@ MOVES = overloads(
     "index_select", "index.Tensor", "pixel_shuffle", "pixel_unshuffle", "atleast_2d", "atleast_3d",
 )  # fmt: skip
 
+VIEWS = overloads("view.default", "_unsafe_view")  # moves that hold for some strides only
+
 # Same values in another place, layout or floating-point type: the labels stay as they are.
 KEEPS = overloads(
     "clone", "contiguous", "alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "to",

@@ -21,7 +21,6 @@ from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.emit_node import EMITTED, fake_mode_of, fake_value
 
 _ROLLS = rules.overloads("roll")
-_VIEWS = rules.overloads("view.default", "_unsafe_view")
 
 
 def renew_values(program: Program) -> None:
@@ -34,7 +33,7 @@ def renew_values(program: Program) -> None:
     for node in program.graph.nodes:
         if node.target in _ROLLS or (_keeps_strides(node) and rolled & set(node.all_input_nodes)):
             rolled.add(node)
-            if node.target in _VIEWS:
+            if node.target in rules.VIEWS:
                 node.target = torch.ops.aten.reshape.default
         made = EMITTED in node.meta
         read = [arg for arg in node.all_input_nodes if EMITTED in arg.meta or arg in moved]
@@ -48,7 +47,7 @@ def renew_values(program: Program) -> None:
         try:
             new = fake_value(node, mode)
         except (RuntimeError, ValueError):
-            if node.target not in _VIEWS:
+            if node.target not in rules.VIEWS:
                 raise
             node.target = torch.ops.aten.reshape.default
             new = fake_value(node, mode)

@@ -142,17 +142,22 @@ class _Rewriter(DerivedInputs):
         extra = [] if bias is None else [self.input(f"{key}_rest")]
         weight = self.input(weight_key(form, 0))
         others = emit(self.graph, aten.linear.default, z, weight, *extra, like=node)
-        rows = self.rows.get(basis)
-        if rows is not None and rows[-1] - rows[0] == size - 1:
+        start = self.window(basis, size)
+        if start is not None:
             parts = [total_b]
-            if rows[0] > 0:
-                parts.insert(0, self.cut(node, others, 0, rows[0]))
-            if rows[0] < total - size:
-                parts.append(self.cut(node, others, rows[0], total - size))
+            if start > 0:
+                parts.insert(0, self.cut(node, others, 0, start))
+            if start < total - size:
+                parts.append(self.cut(node, others, start, total - size))
             return emit(self.graph, aten.cat.default, parts, axis, like=node)
         joined = emit(self.graph, aten.cat.default, [total_b, others], axis, like=node)
         order = self.input(basis_key(basis, "order"))
         return emit(self.graph, aten.index_select.default, joined, axis, order, like=node)
+
+    def window(self, basis: str, size: int) -> int | None:
+        """The first row of a basis that is known to be contiguous."""
+        rows = self.rows.get(basis)
+        return rows[0] if rows is not None and rows[-1] - rows[0] == size - 1 else None
 
     def cut(self, node: fx.Node, x: fx.Node, start: int, end: int) -> fx.Node:
         axis = x.meta["val"].dim() - 1
@@ -200,10 +205,10 @@ class _Rewriter(DerivedInputs):
         if size == in_features:
             return x, None
         basis = piece.basis or ""
-        rows = self.rows.get(basis)
-        if rows is not None and rows[-1] - rows[0] == size - 1:
+        start = self.window(basis, size)
+        if start is not None:
             anchor = _Anchor(self.graph, x if x.op != "placeholder" else self.last_input, node)
-            start, end = rows[0], rows[0] + size
+            end = start + size
             window = anchor.emit(aten.slice.Tensor, x, axis, start, end)
             ends = [(0, start), (end, in_features)]
             sides = [anchor.emit(aten.slice.Tensor, x, axis, a, b) for a, b in ends if a < b]

@@ -10,7 +10,6 @@ from torch import fx
 from bda_fx.passes import op_rules as rules
 
 _INDEXED = rules.overloads("index_select", "index.Tensor")
-_VIEWS = rules.overloads("view.default", "_unsafe_view")
 _PADS = rules.overloads("constant_pad_nd", "pad")
 _COPIES = rules.overloads("copy")
 _FILLS = rules.overloads("full", "scalar_tensor")
@@ -42,7 +41,7 @@ def is_zero_fill(node: fx.Node) -> bool:
 
 def run_move(target: Any, args: Any, kwargs: dict[str, Any], fill: int) -> Any:
     """Run a movement op on labels, which need not have the strides of the real tensors."""
-    if target in _VIEWS:
+    if target in rules.VIEWS:
         return args[0].reshape(args[1])
     if target in _PADS:
         return torch.ops.aten.constant_pad_nd.default(args[0], args[1], fill)

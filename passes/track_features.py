@@ -35,6 +35,11 @@ class Port:
     width: int
 
     @property
+    def features(self) -> range:
+        """The numbers of the port."""
+        return range(self.first, self.first + self.width)
+
+    @property
     def key(self) -> tuple[str, str, str]:
         """What identifies the port from one run over the graph to the next."""
         if isinstance(self.tensor, Constant):

@@ -310,7 +310,9 @@ def _round_outputs(
     rest = _rest(rows[basis], form.linear.out_features)
     matrix = turned.matrices[form.linear.weight][rest]
     tensors[weight_key(form, 0)] = matrix.to(like.dtype).to(like.device).contiguous()
-    tensors[basis_key(basis, "order")] = torch.cat([rows[basis], rest]).argsort().to(like.device)
+    tensors[basis_key(basis, "order")] = (
+        _order(rows[basis], form.linear.out_features).argsort().to(like.device)
+    )
     for name in {bias for bias in form.linear.biases if bias is not None}:
         for part, outputs in (("basis", rows[basis]), ("rest", rest)):
             tensors[f"{bias_key(form, 0, name)}_{part}"] = values[name].detach()[
