@@ -120,6 +120,44 @@ class Attention(nn.Module):
         return (out, *extra) if extra else out
 
 
+class Projected(nn.Module):
+    """q, k, v, o linears and whatever ``extra`` names; what lies between is up to a subclass."""
+
+    def __init__(self, **extra: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(E, H * D) for _ in range(3))
+        self.o = nn.Linear(H * D, E)
+        for name, value in extra.items():
+            setattr(self, name, value)
+        seeded(self)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, S, heads · D] to [B, heads, S, D]"""
+        return x.unflatten(-1, (-1, D)).transpose(1, 2)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, S, D] each."""
+        return self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+
+    def out(self, heads: Tensor) -> Tensor:
+        return self.o(heads.transpose(1, 2).flatten(-2))
+
+
+class Projections(Projected):
+    """``body(module, x)`` is what lies between; it finds a constant order and a factor too."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body=body)
+        self.register_buffer("order", torch.tensor([4, 0, 5, 2, 1, 3]))
+        self.register_buffer("factor", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+Body = Callable[[Projections, Tensor], Any]
+
+
 class FusedAttention(nn.Module):
     """One linear for q, k and v, in ``order``:
 

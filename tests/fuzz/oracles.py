@@ -25,10 +25,6 @@ from tests import tolerances
 from tests.fuzz.grammar import Spec
 from tests.fuzz.render import group_of, query_row, render, rows_of
 
-LEGAL = 1e-9
-"""Relative change of the outputs below which a change of basis is called invisible: far above the
-rounding of float64, far below what any real dependence leaves."""
-
 Slot = tuple[str, int, tuple[int, ...], bool]
 """A parameter, the axis along which it is indexed, the indices of the two features, and whether
 they turn by S⁻¹ (else by Sᵀ)."""
@@ -128,7 +124,7 @@ def legal_features(spec: Spec, model: nn.Module, inputs: tuple[Tensor, ...]) -> 
         with torch.no_grad():
             changed = copy.deepcopy(model)
             _insert(changed, slots)
-            return _difference(tree_leaves(changed(*inputs)), expected) <= LEGAL
+            return _difference(tree_leaves(changed(*inputs)), expected) <= tolerances.INVISIBLE
 
     totals = {}
     for product, slots_of in (("qk", key_slots), ("vo", value_slots)):
