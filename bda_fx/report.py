@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bda_fx.passes.sites import OUT, Plan, Site, SitePlan, Skip
+from bda_fx.passes.count_costs import Layout, count_costs, layouts_of, sizes_of
+from bda_fx.passes.sites import Plan, Site, SitePlan, Skip
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class SiteReport:
 
     ``name`` is the weight that is decomposed (of keys or values, or of queries or outputs where
     ``side`` is "qo"); ``params`` and ``macs_per_token`` count that projection alone, as its
-    partners keep their size, ``params_after`` with the index tensors of a scattered basis.
+    partners keep their size, by the formulas of ``bda_fx.passes.count_costs``: ``params`` with its
+    biases, ``params_after`` with the index tensors of a scattered basis, once for all its sites.
     ``in_features`` is what the basis is picked from: the projection's inputs, or an output
     projection's outputs.
     ``module``, ``source`` and ``remedy`` say of a skip where it comes from and what can be done.
@@ -138,30 +140,20 @@ def report_of(
     bytes_after: int | None = None,
 ) -> Report:
     """The report of a plan; ``derived`` tells which index tensors the graph really needs."""
-    sites = [_rewritten(item, derived) for item in plan.sites] + [_skipped(s) for s in plan.skips]
-    return Report(tuple(sites), bytes_before, bytes_after)
+    layouts = layouts_of(plan, derived)
+    sites = [_rewritten(item, layout) for item, layout in zip(plan.sites, layouts, strict=True)]
+    return Report((*sites, *map(_skipped, plan.skips)), bytes_before, bytes_after)
 
 
-def _rewritten(item: SitePlan, derived: Mapping[str, Tensor] | None) -> SiteReport:
-    site = item.site
-    features = len(site.features) * site.decomposed
-    before = features * site.basis_features
-    after = features * (site.basis_features - item.size)
-    bias = features if site.axis == OUT and any(site.linear.biases) else 0
-    index = 0
-    if derived is not None:
-        index = sum(t.numel() for key, t in derived.items() if key.startswith(f"{item.basis}_"))
+def _rewritten(item: SitePlan, layout: Layout) -> SiteReport:
     return replace(
-        _describe(site),
+        _describe(item.site),
         status="rewritten",
         basis=item.strategy,
         basis_size=item.size,
         condition=item.condition,
         noise=item.noise,
-        params_before=before + bias,
-        params_after=after + bias + index,
-        macs_per_token_before=before,
-        macs_per_token_after=after,
+        **asdict(count_costs(layout, sizes_of(item))),
     )
 
 

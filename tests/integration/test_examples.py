@@ -16,6 +16,7 @@ SAYS = {
     "verify_your_model.py": "NOT EQUIVALENT",
     "explain.py": "skipped, returned by the program",
     "register_attention.py": "2 of 2 attention products rewritten",
+    "prove_it.py": "All proven.",
 }
 
 

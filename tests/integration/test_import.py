@@ -11,7 +11,15 @@ RUNS = 3
 MAX_SECONDS = 0.3
 
 # Loaded only by what needs them. torch is imported first, so what it loads itself does not count.
-LAZY = {"torch._dynamo", "torch._inductor", "transformers", "onnx", "onnxruntime", "onnxscript"}
+LAZY = {
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "sympy",
+}
 
 MEASURE = """
 import json, sys, time

@@ -61,7 +61,7 @@ class Symbolically(TorchDispatchMode):
         compute = getattr(self, f"compute_{name}", None)
         if compute is not None and floats:
             return compute(*args, **kwargs)
-        if name in ELEMENTWISE:
+        if name in ELEMENTWISE and len(args) == 1 and not kwargs:
             return self.each(lambda a: self.algebra.apply(name, [a])[0], args[0])
         if name in ROWWISE:
             return self.rows(name, *args[:2])

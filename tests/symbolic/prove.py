@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -73,8 +73,8 @@ class Prover:
     ) -> None:
         model = copy.deepcopy(model).double()
         args = tuple(a.double() for a in args)
-        self.original = canonicalize_module(model, args)
         program = canonicalize_module(model, args)
+        self.original = replace(program, module=copy.deepcopy(program.module))
         self.outcome = transform(program, Options.of(options), fixed_rows=fixed_rows)
         self.mode = Symbolically(Polynomials())
         self.inputs: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ class Prover:
         """The tensors of ``transform_weights`` as polynomials in the original weights."""
         assert self.outcome.constants is not None, "nothing was rewritten"
         changing, turning = change or self.complete_freely, turn or transforming.turn_vectors
-        with self.mode, replaced(changing, turning):
+        with self.mode, formulas(changing, turning):
             values = self.outcome.constants.evaluate(self.inputs)
             plan = self.outcome.plan
             return transforming.transform_weights(plan, values, use_planned_rows=True).tensors
@@ -164,7 +164,7 @@ class Prover:
 
 
 @contextlib.contextmanager
-def replaced(change: ChangeBasis, turn: Turn) -> Iterator[None]:
+def formulas(change: ChangeBasis, turn: Turn) -> Iterator[None]:
     """``transform_weights`` with other formulas; the noise of symbols is not predicted."""
     with (
         mock.patch.object(transforming, "change_basis", change),
