@@ -114,7 +114,7 @@ def _compile(
 
     assert outcome.constants is not None
     weights = [names[root] for root in outcome.constants.roots]
-    derived_weights = DerivedWeights(_derivation(outcome, options, bases))
+    derived_weights = DerivedWeights(_derivation(outcome, bases))
     original = _Original(module, options)
 
     def call(*args: Any) -> Any:
@@ -138,14 +138,13 @@ def _compile(
 
 
 def _derivation(
-    outcome: Outcome, options: Options, bases: Mapping[str, Any]
+    outcome: Outcome, bases: Mapping[str, Any]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
     """From one module's parameters to the derived inputs, or None where they are unfit."""
     plan, constants = outcome.plan, outcome.constants
     assert constants is not None
     fixed = {key: outcome.tensors[key] for key in outcome.fixed}
     order = tuple(outcome.inputs)
-    budget = options.noise_budget if options.basis_size == "auto" else float("inf")
 
     def compute(parameters: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         by_root = dict(zip(constants.roots, parameters, strict=True))
@@ -157,8 +156,8 @@ def _derivation(
         if not all(value.isfinite().all() for value in values.values()):
             return None
         transformed = transform_weights(plan, values, use_planned_rows=False)
-        quiet = all(noise <= budget for noise in transformed.noise)
-        if not quiet or any(residual > MAX_RESIDUAL for residual in transformed.residual):
+        exact = all(residual <= MAX_RESIDUAL for residual in transformed.residual)
+        if not exact or not plan.allows(transformed.noise):
             return None
         tensors = {**transformed.tensors, **fixed}
         return tuple(tensors[key] for key in order)

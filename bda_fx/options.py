@@ -26,10 +26,12 @@ class Options:
     Attributes:
         basis: how basis rows are chosen. "auto" is "pivot"; "first" and "residual-min" are the
             paper's and are far noisier; "window" takes the best contiguous rows (no gather).
-        basis_size: "auto" takes the largest of D, 15/16, 7/8, 3/4, 5/8, 1/2 D whose predicted noise
-            is within ``noise_budget``; "full" is D; a number in (0, 1] is that fraction of D. With
-            an explicit size the budget is not enforced.
-        noise_budget: largest predicted amplification of a site's own rounding noise (1.0 = none).
+        basis_size: "auto" chooses for each site one of D, 15/16, 7/8, 3/4, 5/8, 1/2 D, so that as
+            much as possible is saved within ``noise_budget``; "full" is D; a number in (0, 1] is
+            that fraction of D. With an explicit size the budget is not enforced.
+        noise_budget: how noisy the rewritten model may be: the error of its outputs against
+            float64, over the original's own error in the same dtype (1.0 = as good). "auto" is
+            1.25 in float16 and bfloat16, 1.4 in wider dtypes.
         products: which products to rewrite, of "qk" and "vo".
         side: which side of a product is decomposed: "kv" the projections of keys and values, "qo"
             those of queries and outputs; "auto" the one that saves more at the example's token
@@ -46,7 +48,7 @@ class Options:
 
     basis: str = "auto"
     basis_size: str | float = "auto"
-    noise_budget: float = 2.0
+    noise_budget: str | float = "auto"
     products: tuple[str, ...] = PRODUCTS
     side: str = "auto"
     kv_cache: str = "skip"
@@ -78,8 +80,9 @@ class Options:
                 f"got {size!r}"
             )
         budget = self.noise_budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-            raise OptionError(f"noise_budget is a positive number, got {budget!r}")
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if budget != "auto" and not (number and float(budget) >= 1):
+            raise OptionError(f'noise_budget is "auto" or a number from 1.0 on, got {budget!r}')
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict is True or False, got {self.strict!r}")
         if not isinstance(self.inner_options, Mapping):

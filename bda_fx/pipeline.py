@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bda_fx.cache_bases import CacheConflict
+from bda_fx.estimate_shares import estimate_shares
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
@@ -81,6 +82,10 @@ def find_and_plan(program: Program, options: Options) -> Plan:
         found = find_sites(program, opaque_cache=opaque)
     with step("find folds"):
         folds = find_folds(program, found)
+    with step("estimate shares"):
+        # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
+        unknown = opaque or options.basis_size != "auto"
+        shares = None if unknown else estimate_shares(program, found.sites)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
         planning = Planning(
@@ -88,11 +93,10 @@ def find_and_plan(program: Program, options: Options) -> Plan:
             options.basis_size,
             options.noise_budget,
             options.products,
-            # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
             side="kv" if opaque and options.side == "auto" else options.side,
-            share=not opaque,
+            opaque_cache=opaque,
         )
-        return plan_sites(found, values, planning, folds)
+        return plan_sites(found, values, planning, folds, shares)
 
 
 def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcome:

@@ -5,10 +5,19 @@
     Q' = Q Sᵀ  (weights U Sᵀ, bias a Sᵀ)       ⇒  Q' K'ᵀ = Q Kᵀ
     O' = S O                                    ⇒  V' O' = V O
 
-N is an orthonormal basis of the null space of W_B, scaled to the mean singular value of W_B.
-Source: "Accelerating Attention with Basis Decomposition", arXiv 2510.01718, which has r = D;
-smaller r and the completion by N are ours. Everything is float64 and batched over heads; callers
-round once.
+N spans the null space of W_B. Any D - r rows that make S invertible will do in its place. Where
+the second moments of both factors are known they are chosen so that the product is least noisy:
+
+    S = [ W_B ; X Nᵀ M ],   M = E[KᵀK]
+
+With Nᵀ M the features that have a basis row have the least energy that they can have (K S⁻¹ has no
+part in them that the others could carry), and X *balances* the others: it brings both factors of
+them to one diagonal (so that Σ E[K'²] E[Q'²] is the sum of squares of the product's singular values)
+and then rotates that to be level, which leaves (Σ σ)² / n of Σ σ². Else N is orthonormal.
+
+Either is scaled to the mean singular value of W_B. Source: "Accelerating Attention with Basis
+Decomposition", arXiv 2510.01718, which has r = D; smaller r and the completion are ours. Everything
+is float64 and batched over heads; callers round once.
 """
 
 from __future__ import annotations
@@ -22,6 +31,10 @@ RANK_TOLERANCE = 1e-13
 """A singular value below this share of its matrix's largest (of the head's norm, for W_B) counts as
 zero. The rounding of a product in float64 leaves eps × √n = 5e-15 at n = 512 where a zero should
 be; anything larger is data, however badly conditioned, and ``residual`` shows what it costs."""
+
+FLATTEST = 1e-6
+"""Directions in which a product has less than this share of its largest energy are not balanced any
+further: what they carry is not heard, and S would be badly conditioned."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,15 @@ class ChangeOfBasis:
     """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius)."""
 
 
-def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> ChangeOfBasis:
+def change_basis(
+    heads: Tensor,
+    rows: Tensor,
+    bias: Tensor | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> ChangeOfBasis:
     """Change of basis for ``heads`` [G, E, D] on basis ``rows`` [r], with ``bias`` [G, D].
+
+    ``moments``: E[KᵀK] and E[QᵀQ] [G, D, D], to balance the features that have no basis row.
 
     Exact while the rows of W_B (and the D - r directions of N) span each head's row space;
     otherwise ``residual`` says how far off it is and the caller must not use it. Rank-deficient and
@@ -68,7 +88,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     below = heads[:, rest]
     if bias is not None:
         below = torch.cat([below, bias.unsqueeze(1)], 1)
-    s = _complete(heads, rows, bias)[0]
+    s = _complete(heads, rows, bias, moments)[0]
     sizes = torch.linalg.svdvals(s)
     floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
     nonzero = sizes > floor
@@ -98,13 +118,18 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     )
 
 
-def complete_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> tuple[Tensor, float]:
+def complete_basis(
+    heads: Tensor,
+    rows: Tensor,
+    bias: Tensor | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, float]:
     """S [G, D, D] and its condition, as in ``change_basis`` but without C, at a tenth of its cost.
 
     The condition is inf where some head lacks rank on the rows; the change of basis may be exact
     even so, which ``change_basis`` tells.
     """
-    return _complete(heads.double(), rows, None if bias is None else bias.double())
+    return _complete(heads.double(), rows, None if bias is None else bias.double(), moments)
 
 
 def turn_vectors(
@@ -150,10 +175,12 @@ def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Te
     return basis.T, coefficients.T
 
 
-def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
-    """S [G, D, D]: the basis rows W_B and scaled null-space directions under them.
+def _complete(
+    heads: Tensor, rows: Tensor, bias: Tensor | None, moments: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, float]:
+    """S [G, D, D]: the basis rows W_B and D - r scaled rows under them.
 
-    Also the largest condition of any W_B, which S shares: inf where a head lacks rank on the rows.
+    Also the largest condition of any W_B: inf where a head lacks rank on the rows.
     """
     top = heads[:, rows]
     r, d = top.shape[1:]
@@ -175,9 +202,55 @@ def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor,
         _, _, needed = torch.linalg.svd(others @ space.T)
         null[head] = (needed @ space)[: d - r]
     scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
-    # A direction's sign is free; fix it, so that equal weights always give equal results.
-    signs = torch.gather(null, 2, null.abs().argmax(-1, keepdim=True)).sign()
-    return torch.cat([top, null * signs * scale[:, None, None]], 1), condition
+    null = _fix_signs(null)
+    if moments is not None:
+        null = torch.where(lacking[:, None, None], null, _balance(null, *moments))
+    return torch.cat([top, null * scale[:, None, None]], 1), condition
+
+
+def _fix_signs(rows: Tensor) -> Tensor:
+    """A direction's sign is free; fix it, so that equal weights always give equal results."""
+    return rows * torch.gather(rows, 2, rows.abs().argmax(-1, keepdim=True)).sign()
+
+
+def _balance(null: Tensor, key: Tensor, query: Tensor) -> Tensor:
+    """X Nᵀ M of the module docstring, rows of RMS length 1; heads where it fails keep ``null``."""
+    met = null @ key
+    energy, failed = torch.linalg.cholesky_ex(met @ null.mT)
+    sound = (failed == 0)[:, None, None]
+    eye = torch.eye(null.shape[1], dtype=null.dtype)
+    inverse = torch.linalg.inv(torch.where(sound, energy, eye))
+    turned = inverse @ met
+    spectrum, axes = torch.linalg.eigh(turned @ query @ turned.mT)
+    floor = FLATTEST * spectrum[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    sizes = spectrum.maximum(floor).sqrt()
+    rows = _level(_fix_signs(axes.mT) @ turned / sizes.sqrt().unsqueeze(2), sizes)
+    length = rows.norm(dim=(1, 2), keepdim=True) / null.shape[1] ** 0.5
+    return torch.where(sound & length.isfinite(), rows / length, null)
+
+
+def _level(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Rotate n ``rows`` [G, n, D] of independent energies ``sizes`` [G, n] until all have the mean.
+
+    n - 1 plane rotations (Bendel and Mickey 1978): the largest and the smallest become the mean and
+    what is left over.
+    """
+    rows, sizes, every = rows.clone(), sizes.clone(), torch.arange(len(rows))
+    mean = sizes.mean(1)
+    for _ in range(rows.shape[1] - 1):
+        high, low = sizes.argmax(1), sizes.argmin(1)
+        most, least = sizes[every, high], sizes[every, low]
+        spread = most - least
+        sine = torch.where(spread > 0, (most - mean) / spread, 0.0).clamp(0, 1).sqrt().unsqueeze(1)
+        cosine = (1 - sine.square()).sqrt()
+        first, second = rows[every, high], rows[every, low]
+        rows[every, high] = cosine * first + sine * second
+        rows[every, low] = torch.where(
+            (high != low).unsqueeze(1), cosine * second - sine * first, rows[every, low]
+        )
+        sizes[every, low] = most + least - mean
+        sizes[every, high] = mean
+    return rows
 
 
 def _check_product(a: Tensor, rows: Tensor) -> None:

@@ -118,6 +118,7 @@ class BasisSearch:
             )
         self.heads, self.strategy = heads, strategy
         self._greedy_rows: dict[tuple[bool, ...], Tensor] = {}
+        self._obliqueness: dict[int, float] = {}
 
     @functools.cached_property
     def _search(self) -> _Heads:
@@ -147,6 +148,17 @@ class BasisSearch:
         if self.strategy == "window":
             return _best_window(self._search, size)
         return self._greedy(size).cpu()
+
+    def obliqueness(self, size: int) -> float:
+        """Mean J over the heads for ``first_rows(size)``: the site's noise², roughly."""
+        if size not in self._obliqueness:
+            if size == self.heads.shape[1] or not len(self._search.y):
+                self._obliqueness[size] = 1.0
+            else:
+                rows = self.first_rows(size).to(self._search.y.device)
+                judged = _judge(self._search, rows, *_invert(self._search, rows))
+                self._obliqueness[size] = float(judged.mean())
+        return self._obliqueness[size]
 
     def _pivots(self, size: int) -> bool:
         few = size == self.heads.shape[1] or self.strategy != "pivot"

@@ -1,15 +1,14 @@
-"""Fit a basis to a noise budget: the largest of several sizes that one or more sites can take.
+"""Fit bases of several sizes to one or more sites, as cheaply as a decision about them allows.
 
-Sites that share a basis (K and V made by one linear) are weighed together: each must keep to the
-budget. What a size costs is known long before C is: from S alone, of D × D per head
-(``predict_noise_of``), and for ``pivot`` from the greedy rows before any exchange. So a size that
-is far over the budget is given up at once, and C is computed only where S alone cannot vouch for
-the change of basis to be exact.
+Sites that share a basis (K and V made by one linear) are weighed together. The noise of a size is
+estimated from the angles of the greedy rows (``BasisSearch.obliqueness``), at a small part of the
+cost of a fit, and the estimates are scaled to the last fit; so a plan is drafted on estimates, and
+rows are exchanged, S is computed and its noise predicted only for the sizes that it takes. C is
+computed only where S alone cannot vouch for the change of basis to be exact.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,24 +17,26 @@ from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis, complete_basis
 from bda_fx.passes.choose_basis import BasisSearch
-from bda_fx.passes.predict_noise import Moments, predict_noise, predict_noise_of, second_moments
-from bda_fx.passes.read_weights import SiteWeights
+from bda_fx.passes.predict_noise import Moments, predict_noise
+from bda_fx.passes.read_weights import SiteWeights, moments_of
 
 MAX_RESIDUAL = 1e-11
 """A change of basis must reproduce the weights to this relative error in float64: its own rounding
 is below 1e-16 × condition × √E, and a basis that misses part of a head leaves far more."""
 SURE_CONDITION = 1e3
 """Up to this condition of S the change of basis is exact to 1e-12 without a look at C."""
-EXCHANGES_LOWER_FULL = 2.25
-EXCHANGES_LOWER = 1.25
-"""More than exchanges lower the noise of a greedy basis: of D rows, and of fewer. Measured over all
-K and V of MiniLM-L6 and rxnfp at six sizes: by up to 2.07 times at r = D, 1.10 below; on random
-weights of 1 to 32 heads 1.66 and 1.05."""
+EXCHANGES_LOWER_FULL = 1.5
+"""What exchanges usually lower the noise of a greedy basis of D rows by: up to 2.07 times over all K
+and V of MiniLM-L6 and rxnfp, 1.66 on random weights of 1 to 32 heads. With fewer rows by 1.1."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one site makes of a basis: noise as ``predict_noise`` gives it, condition of S."""
+    """What one site makes of a basis: noise as ``predict_noise`` gives it, condition of S.
+
+    ``residual`` is the relative error of the change of basis in float64; the fit is of no use above
+    ``MAX_RESIDUAL``.
+    """
 
     rows: Tensor
     noise: float
@@ -43,59 +44,69 @@ class Fit:
     condition: float
     residual: float
 
-
-@dataclass(frozen=True)
-class Misfit:
-    """No size will do: the least noise of the exact ones, the least residual of the others."""
-
-    noise: float = math.inf
-    residual: float = math.inf
+    @property
+    def exact(self) -> bool:
+        return self.residual <= MAX_RESIDUAL
 
 
-def fit_basis(
-    weights: Sequence[SiteWeights],
-    sizes: Sequence[int],
-    strategy: str,
-    budget: float | None,
-    *,
-    quick: bool = False,
-) -> list[Fit] | Misfit:
-    """The basis of the first of ``sizes`` (largest first) that suits each of ``weights``.
+class BasisFits:
+    """Bases of any size for ``weights`` (sites that share them), computed when asked for.
 
-    ``budget`` bounds the predicted noise of each site; None takes any. Returns a :class:`Fit` for
-    each site, on common rows. ``quick`` gives up without telling how far off the last size was.
+    ``balanced``: whether the other factor has a say in S (see ``change_basis``).
     """
-    heads = torch.cat([w.heads for w in weights]) if len(weights) > 1 else weights[0].heads
-    search = BasisSearch(heads, strategy)
-    moments = [second_moments(w.heads, w.bias, w.partners, w.fellows) for w in weights]
 
-    def weigh(rows: Tensor) -> list[Fit]:
-        return [_weigh(w, m, rows) for w, m in zip(weights, moments, strict=True)]
+    def __init__(
+        self,
+        weights: Sequence[SiteWeights],
+        strategy: str,
+        dtype: torch.dtype,
+        *,
+        balanced: bool = True,
+    ) -> None:
+        self.weights, self.dtype, self.balanced = weights, dtype, balanced
+        heads = [w.heads for w in weights]
+        self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
+        self.moments = [moments_of(w) for w in weights]
+        self.head_dim = heads[0].shape[2]
+        self._fits: dict[int, list[Fit]] = {}
+        self._scales = [1.0] * len(heads)
 
-    noise, residual = math.inf, math.inf
-    for size in sizes:
-        if budget is not None and strategy == "pivot" and (quick or size != sizes[-1]):
-            gain = EXCHANGES_LOWER_FULL if size == heads.shape[2] else EXCHANGES_LOWER
-            if max(fit.noise for fit in weigh(search.first_rows(size))) > gain * budget:
-                continue
-        fits = weigh(search.rows(size))
-        worst_residual = max(fit.residual for fit in fits)
-        worst_noise = max(fit.noise for fit in fits)
-        if worst_residual > MAX_RESIDUAL:
-            residual = min(residual, worst_residual)
-        elif budget is None or worst_noise <= budget:
-            return fits
+    def noise(self, size: int) -> list[float]:
+        """Noise of each site: of the fit if there is one, else an estimate; inf if not exact."""
+        if size not in self._fits and self.search.strategy == "pivot":
+            return [scale * self._estimate(size) for scale in self._scales]
+        return [fit.noise if fit.exact else float("inf") for fit in self.fits(size)]
+
+    def _estimate(self, size: int) -> float:
+        noise = self.search.obliqueness(size) ** 0.5
+        return noise / EXCHANGES_LOWER_FULL if size == self.head_dim else noise
+
+    @property
+    def known(self) -> list[int]:
+        """Sizes that were fitted."""
+        return list(self._fits)
+
+    def fits(self, size: int) -> list[Fit]:
+        """The fit of each site to the best basis of ``size`` rows."""
+        if size not in self._fits:
+            fits = self._fits[size] = self._weigh(self.search.rows(size))
+            if self.search.strategy == "pivot" and all(fit.exact for fit in fits):
+                estimate = max(self._estimate(size), 1e-9)
+                self._scales = [fit.noise / estimate for fit in fits]
+        return self._fits[size]
+
+    def _weigh(self, rows: Tensor) -> list[Fit]:
+        pairs = zip(self.weights, self.moments, strict=True)
+        return [self._weigh_one(weights, moments, rows) for weights, moments in pairs]
+
+    def _weigh_one(self, weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
+        both = (moments.key, moments.query) if self.balanced else None
+        s, condition = complete_basis(weights.heads, rows, weights.bias, both)
+        if condition <= SURE_CONDITION:
+            s_inv, residual = torch.linalg.inv(s), 0.0
         else:
-            noise = min(noise, worst_noise)
-    return Misfit(noise, residual)
-
-
-def _weigh(weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
-    s, condition = complete_basis(weights.heads, rows, weights.bias)
-    if condition <= SURE_CONDITION:
-        return Fit(rows, *predict_noise_of(moments, s), condition, 0.0)
-    change = change_basis(weights.heads, rows, weights.bias)
-    noise, worst = predict_noise(
-        weights.heads, weights.bias, change, weights.partners, weights.fellows
-    )
-    return Fit(rows, noise, worst, change.condition, change.residual)
+            change = change_basis(weights.heads, rows, weights.bias, both)
+            s, s_inv, condition = change.s, change.s_inv, change.condition
+            residual = change.residual
+        noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)
+        return Fit(rows, noise.site, noise.worst, condition, residual)

@@ -1,27 +1,29 @@
 """Predict what a change of basis costs in rounding noise, from the weights alone.
 
-Both factors of a product are rounded, so feature j of each carries noise of its own RMS size, and
-the product's noise² is proportional to Σ_j E[K_j²] E[Q_j²]. With white inputs
-E[K_j²] = ‖W[:, j]‖² + b_j² (likewise for Q; for an output weight ‖O[j, :]‖²). The amplification is
+Both factors of a product are rounded, so feature j of each carries noise of its own RMS size, which
+the other factor multiplies. With white inputs E[K_j²] = ‖W[:, j]‖² + b_j² (likewise for Q; for an
+output weight ‖O[j, :]‖²). In units of u² (one rounding of a value of size 1), summed over features,
 
-    sqrt( Σ_j E[K'_j²] E[Q'_j²]  /  Σ_j E[K_j²] E[Q_j²] ),   K' = K S⁻¹,  Q' = Q Sᵀ,
+    original    Σ_j k_j q_j (ρ(E) + ρ(n))                          k = E[K²], q = E[Q²]
+    rewritten   Σ_j κ_j p_j ρ(n)                                   Q' = Q Sᵀ,  κ = E[K'²], p = E[Q'²]
+              + Σ_j c_j p_j ρ(E - r) + Σ_{j<r} κ_j p_j             x_R C, and x_B added to it
+              + Σ_j c_j d_j(Q') + Σ_j p_j d_j(K')                  C and U Sᵀ, rounded to weights
 
-a ratio to the product's own rounding noise, not an absolute error. It holds for every dtype, as all
-terms scale with its unit roundoff alike. The site's figure sums both energies over all heads first.
+where c = κ - 1 in the r features that have x_B added (κ elsewhere), and ρ(m) = 1 + a m for a sum of
+m products: a = 0 where the sum is kept in float32 and rounded once (float16, bfloat16), a > 0 where
+it is kept in the dtype itself. The *noise* of a site is the root of rewritten over original: a ratio
+to the product's own rounding noise, not an absolute error.
 
-Assumptions: inputs white (their scales and correlations cancel only in part), roundings
-independent, and weights rounded in both versions. Where the original's weights are exact in the
-working dtype (a model stored in bf16 or fp16 and judged against its own float64 run), the new
-weights' rounding has no counterpart and adds as much noise again to either factor:
-``exact_weights`` multiplies by √2. In float32 the accumulation of each dot product outweighs the
-rounding of the weights, so leave it off.
+d_j is what an error in feature j does to the product. Rounded to nearest it is p_j (or κ_j);
+rounded with feedback (``round_weights``) it is the part of the other factor's feature j that the
+features rounded after it cannot make up for: its conditional variance given those. The original's
+weights are what they are, so they have no such term.
 
-Measured over predicted, all K and V sites of MiniLM-L6 and rxnfp on white inputs, pivoted basis of
-D, 15/16 D and 7/8 D rows: float32 0.93 … 0.99 and 0.73 … 1.02 (rxnfp sums over up to a quarter
-fewer terms than before, and float32's noise is mostly that of summation); bf16 0.84 … 1.12. bf16
-with exact weights, over √2 times the prediction: K 0.96 … 1.05, V 0.66 … 0.91, which errs on the
-safe side (V's product is also averaged over tokens). On nearly singular bases in bf16 nothing
-predicts.
+Features that have no basis row are free to be chosen (see ``change_basis``), so S may have p_j κ_j
+below the original's: noise under 1 is possible.
+
+Assumptions: inputs white (their scales and correlations cancel only in part) and roundings
+independent. Measured over predicted: ``tests/unit/test_predict_noise.py``.
 """
 
 from __future__ import annotations
@@ -32,46 +34,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bda_fx.passes.change_basis import ChangeOfBasis
+ACCUMULATION = 0.25
+"""a in float32 and float64, for dot products of some hundred terms in blocks and with fused
+multiply-add: measured 0.2 … 0.35 with 192 to 2,048 terms."""
+DAMPING = 1e-6
+"""Added to a Hessian's diagonal as a share of its mean: directions that the other factor never
+reads would otherwise take up errors without bound."""
 
 
 @dataclass(frozen=True)
 class PartnerHeads:
-    """The other factor, features first: ``weight`` [H, D, ·], ``bias`` [H, D], ``groups`` [H]."""
+    """The other factor, features first: ``weight`` [H, D, n], ``bias`` [H, D], ``groups`` [H].
+
+    ``terms``: how many products a feature is the sum of, 0 for what is not computed by a linear
+    (constants, attention outputs).
+    """
 
     weight: Tensor
     bias: Tensor | None
     groups: Tensor
-
-
-def predict_noise(
-    heads: Tensor,
-    bias: Tensor | None,
-    change: ChangeOfBasis,
-    partners: list[PartnerHeads],
-    fellows: Sequence[PartnerHeads] = (),
-    *,
-    exact_weights: bool = False,
-) -> tuple[float, float]:
-    """Amplification of the whole site, and of its worst head. 1 means: as noisy as the original.
-
-    ``heads`` [G, E, D] and ``bias`` [G, D] of the projection. ``partners`` meet its features;
-    ``fellows`` meet the partners too and turn along. A head without energy counts as 1.
-    Cost O(G E D + H D² n).
-    """
-    was, now = _product_energies(heads, bias, change, partners, fellows)
-    rounding = 2**0.5 if exact_weights else 1.0
-    if not float(was.sum()) > 0:
-        return 1.0, 1.0
-    site = float((now.sum() / was.sum()).sqrt())
-    return rounding * site, rounding * float(_ratios(was, now).max())
-
-
-def predict_head_noise(
-    heads: Tensor, bias: Tensor | None, change: ChangeOfBasis, partners: list[PartnerHeads]
-) -> Tensor:
-    """Amplification of each key/value head over all its query heads, [G] float64."""
-    return _ratios(*_product_energies(heads, bias, change, partners))
+    terms: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,20 +61,44 @@ class Moments:
     """What the noise of a product depends on besides S, worked out once for several bases.
 
     ``key`` [G, D, D]: WᵀW + b bᵀ; ``query`` [G, D, D]: the sum of U Uᵀ + a aᵀ over the heads
-    served. Float64.
+    served; float64. ``key_terms`` and ``query_terms``: products that a feature is the sum of.
+    ``inputs``: whether the decomposed features are computed from basis inputs (K and V, Q), not
+    read by an output projection.
     """
 
     key: Tensor
     query: Tensor
+    key_terms: int
+    query_terms: float
+    inputs: bool = True
+
+
+@dataclass(frozen=True)
+class Noise:
+    """``site`` and ``worst`` head: amplification of the rounding noise, 1 = as the original."""
+
+    site: float
+    worst: float
+
+
+def keeps_sums_wide(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are summed in a wider one and rounded once."""
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def second_moments(
     heads: Tensor,
     bias: Tensor | None,
-    partners: list[PartnerHeads],
+    partners: Sequence[PartnerHeads],
     fellows: Sequence[PartnerHeads] = (),
+    *,
+    inputs: bool = True,
 ) -> Moments:
-    """Moments of a site; arguments as for :func:`predict_noise`. Cost O((G E + H n) D²)."""
+    """Moments of a site: ``heads`` [G, E, D] and ``bias`` [G, D] of the projection.
+
+    ``partners`` meet its features; ``fellows`` meet the partners too and turn along.
+    Cost O((G E + H n) D²).
+    """
     heads = heads.double()
     key = _add_outer(heads.mT @ heads, bias)
     query = torch.zeros_like(key)
@@ -100,22 +106,90 @@ def second_moments(
         for factor in factors:
             weight = factor.weight.double()
             total.index_add_(0, factor.groups, _add_outer(weight @ weight.mT, factor.bias))
-    return Moments(key, query)
+    sizes = [float(p.weight.double().square().sum()) for p in partners]
+    terms = sum(size * p.terms for size, p in zip(sizes, partners, strict=True))
+    return Moments(
+        key,
+        query,
+        heads.shape[1] if inputs else 0,
+        terms / sum(sizes) if sum(sizes) > 0 else 0.0,
+        inputs,
+    )
 
 
-def predict_noise_of(moments: Moments, s: Tensor) -> tuple[float, float]:
-    """What :func:`predict_noise` says of the change of basis by an invertible ``s`` [G, D, D].
+def predict_noise(
+    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+) -> Noise:
+    """Noise of the change of basis ``s`` [G, D, D] with ``size`` basis features, in ``dtype``.
 
-    E[K'_j²] = [S⁻ᵀ (WᵀW + b bᵀ) S⁻¹]_jj, likewise for Q': O(G D³), whatever the number of inputs.
+    A head without energy counts as 1. O(G D³), whatever the number of inputs.
     """
-    inverse = torch.linalg.inv(s)
-    key = ((moments.key @ inverse) * inverse).sum(1)
-    query = ((s @ moments.query) * s).sum(2)
-    was = (_diagonals(moments.key) * _diagonals(moments.query)).sum(1)
-    now = (key * query).sum(1)
+    was, now = _noise_energies(moments, s, s_inv, size, dtype)
     if not float(was.sum()) > 0:
-        return 1.0, 1.0
-    return float((now.sum() / was.sum()).sqrt()), float(_ratios(was, now).max())
+        return Noise(1.0, 1.0)
+    ratios = torch.where(was > 0, now / was, 1.0).sqrt()
+    return Noise(float((now.sum() / was.sum()).sqrt()), float(ratios.max()))
+
+
+def _noise_energies(
+    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sums of the module docstring for every head, [G] each."""
+    wide = keeps_sums_wide(dtype)
+    rate = 0.0 if wide else ACCUMULATION
+    key, query = s_inv.mT @ moments.key @ s_inv, s @ moments.query @ s.mT
+    k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
+    queries = 1 + rate * moments.query_terms
+    was = (k * q * (1 + rate * moments.key_terms + queries)).sum(1)
+    coefficients = kappa.clone()
+    coefficients[:, :size] = (coefficients[:, :size] - 1).clamp_min(0)
+    now = kappa * p * queries
+    if moments.inputs:
+        now += coefficients * p * (1 + rate * max(moments.key_terms - size, 0))
+        now[:, :size] += (kappa * p)[:, :size]
+    else:
+        now += kappa * p
+    if wide:
+        alone_q = conditional_variances(query, rounding_order(coefficients, p))
+        alone_k = conditional_variances(key, rounding_order(p, kappa))
+        now += coefficients * alone_q + p * alone_k
+    else:
+        now += coefficients * p + p * kappa
+    return was, now.sum(1)
+
+
+def rounding_order(steps: Tensor, weights: Tensor) -> Tensor:
+    """Order in which D features are rounded, [G, D]: the one that would cost most goes first.
+
+    ``steps`` [G, D]: mean squares of the values (their rounding errors are proportional);
+    ``weights`` [G, D]: what the product makes of an error.
+    """
+    return (steps * weights).argsort(dim=1, descending=True, stable=True)
+
+
+def conditional_variances(hessian: Tensor, order: Tensor) -> Tensor:
+    """Variance of each feature given all that come after it in ``order``, [G, D]."""
+    factor = feedback_factor(hessian, order)
+    alone = torch.empty_like(order, dtype=hessian.dtype)
+    return alone.scatter_(1, order, _diagonals(factor).square().reciprocal())
+
+
+def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``hessian`` [G, D, D] in ``order``.
+
+    Row j, over its diagonal, says how later features make up for an error in feature j.
+    """
+    size = hessian.shape[1]
+    sorted_rows = hessian.gather(1, order.unsqueeze(2).expand(-1, -1, size))
+    ordered = sorted_rows.gather(2, order.unsqueeze(1).expand(-1, size, -1))
+    damping = DAMPING * _diagonals(ordered).mean(1, keepdim=True)
+    damping = torch.where(damping > 0, damping, 1.0)
+    ordered = ordered + torch.diag_embed(damping.expand(-1, size))
+    # The inverse's factor from that of the matrix in reverse: H = V Vᵀ with V upper, V⁻¹ᵀ lower.
+    flipped = torch.linalg.cholesky(ordered.flip(1, 2))
+    upper = flipped.flip(1, 2)
+    eye = torch.eye(size, dtype=hessian.dtype, device=hessian.device).expand_as(upper)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
 
 
 def _add_outer(gram: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,48 +200,3 @@ def _add_outer(gram: Tensor, bias: Tensor | None) -> Tensor:
 
 def _diagonals(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=1, dim2=2)
-
-
-def _ratios(was: Tensor, now: Tensor) -> Tensor:
-    return torch.where(was > 0, now / was, 1.0).sqrt()
-
-
-def _product_energies(
-    heads: Tensor,
-    bias: Tensor | None,
-    change: ChangeOfBasis,
-    partners: list[PartnerHeads],
-    fellows: Sequence[PartnerHeads] = (),
-) -> tuple[Tensor, Tensor]:
-    """Σ_j E[K_j²] E[Q_j²] of each key/value head before and after the change of basis, [G] each."""
-    key = _energy(heads.double().mT, bias)
-    moved = change.coefficients.square().sum(1)
-    moved[:, : len(change.rows)] += 1
-    if change.bias is not None:
-        moved = moved + change.bias.square()
-    for fellow in fellows:
-        before, after = _energies(fellow, change.s_inv.mT)
-        key = key.index_add(0, fellow.groups, before)
-        moved = moved.index_add(0, fellow.groups, after)
-    was, now = key.new_zeros(len(key)), key.new_zeros(len(key))
-    for partner in partners:
-        query, turned = _energies(partner, change.s)
-        was.index_add_(0, partner.groups, (key[partner.groups] * query).sum(-1))
-        now.index_add_(0, partner.groups, (moved[partner.groups] * turned).sum(-1))
-    return was, now
-
-
-def _energies(factor: PartnerHeads, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squares of a factor's features before and after the change of basis, [n, D] each."""
-    turn = turn[factor.groups]
-    bias = None
-    if factor.bias is not None:
-        bias = (turn @ factor.bias.double().unsqueeze(-1)).squeeze(-1)
-    weight = factor.weight.double()
-    return _energy(weight, factor.bias), _energy(turn @ weight, bias)
-
-
-def _energy(features: Tensor, bias: Tensor | None) -> Tensor:
-    """Mean square of each feature for white inputs: [·, D, n] → [·, D]."""
-    energy = features.square().sum(-1)
-    return energy if bias is None else energy + bias.double().square()

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
-from bda_fx.passes.predict_noise import PartnerHeads
-from bda_fx.passes.sites import IN, Constant, Fold, Linear, Site
+from bda_fx.passes.predict_noise import Moments, PartnerHeads, second_moments
+from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Site
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class SiteWeights:
     bias: Tensor | None
     partners: list[PartnerHeads]
     fellows: list[PartnerHeads] = field(default_factory=list)
+    inputs: bool = True
+    """Whether E counts inputs; outputs of an output projection otherwise."""
 
 
 def read_site(site: Site, values: Mapping[str, Tensor]) -> SiteWeights:
@@ -102,9 +104,18 @@ def read_site(site: Site, values: Mapping[str, Tensor]) -> SiteWeights:
     fellows: list[PartnerHeads] = []
     for factor in site.partners:
         weight, added = read_vectors(factor.tensor, factor.axis, factor.features, values)
-        read = PartnerHeads(weight.mT, added, torch.tensor(factor.groups))
+        computed = factor.axis == OUT and isinstance(factor.tensor, Linear)
+        terms = factor.linear.in_features if computed else 0
+        read = PartnerHeads(weight.mT, added, torch.tensor(factor.groups), terms)
         (partners if factor.against else fellows).append(read)
-    return SiteWeights(heads, bias, partners, fellows)
+    return SiteWeights(heads, bias, partners, fellows, site.axis == OUT)
+
+
+def moments_of(weights: SiteWeights) -> Moments:
+    """What the noise of a site depends on besides S."""
+    return second_moments(
+        weights.heads, weights.bias, weights.partners, weights.fellows, inputs=weights.inputs
+    )
 
 
 def read_vectors(

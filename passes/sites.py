@@ -8,7 +8,8 @@ features, r basis size.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 QK = "qk"
@@ -214,12 +215,24 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A basis that was not taken: its side, size and predicted noise, or a rough estimate of it."""
+
+    side: str
+    size: int
+    noise: float
+    estimated: bool
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """What will be done at a site, and what it is predicted to cost.
 
     ``basis`` names the basis: sites with one name share their rows and the gather of x. ``rows``
     are the rows for the weights that were planned with; another layer's weights have their own.
-    ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original).
+    ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original),
+    ``shares`` the part of the model's own noise that comes from the site, for each of its outputs.
+    ``balanced``: whether the other factor has a say in the change of basis.
     """
 
     site: Site
@@ -230,6 +243,13 @@ class SitePlan:
     noise: float
     worst_head_noise: float
     condition: float
+    shares: tuple[float, ...] = (0.0,)
+    balanced: bool = True
+    alternatives: tuple[Alternative, ...] = ()
+
+    def costs(self, noise: float) -> list[float]:
+        """What ``noise`` at this site adds to the squared noise ratio of each output."""
+        return [share * (noise**2 - 1) for share in self.shares]
 
 
 @dataclass(frozen=True)
@@ -259,3 +279,19 @@ class Plan:
     cached: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
     """As in :class:`Found`."""
+    allowance: float = math.inf
+    """What Σ share (noise² - 1) may come to, for each output."""
+    alike: bool = False
+    """Whether that holds for every site by itself, as shares are not known."""
+
+    @property
+    def noise_ratio(self) -> float:
+        """Predicted noise of the noisiest output, over the original's."""
+        costs = [item.costs(item.noise) for item in self.sites]
+        return math.sqrt(max(0.0, 1 + max(map(sum, zip(*costs, strict=True)), default=0.0)))
+
+    def allows(self, noises: Sequence[float]) -> bool:
+        """Whether the budget has room for these noises of the sites."""
+        costs = [item.costs(noise) for item, noise in zip(self.sites, noises, strict=True)]
+        sums = map(max if self.alike else sum, zip(*costs, strict=True))
+        return all(total <= self.allowance for total in sums)

@@ -10,21 +10,23 @@ O_i' = S_g O_i. Where the output projection is the one that is decomposed, r of 
 of the heads' leading features and only the other outputs have weights. Constants that take part
 (biases added to queries, tables) turn element by element.
 
-Everything is computed in float64 and rounded once to the weight's dtype.
+Everything is computed in float64 and rounded once to the weight's dtype; where products are summed
+in a wider one, so that errors of the two factors make up for each other (``round_weights``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bda_fx.passes.change_basis import ChangeOfBasis, change_basis, turn_vectors
 from bda_fx.passes.choose_basis import choose_basis
-from bda_fx.passes.predict_noise import predict_noise
-from bda_fx.passes.read_weights import float64, read_site, read_vectors
+from bda_fx.passes.predict_noise import Moments, keeps_sums_wide, predict_noise
+from bda_fx.passes.read_weights import SiteWeights, float64, moments_of, read_site, read_vectors
+from bda_fx.passes.round_weights import refit, round_with_feedback
 from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
 
 
@@ -160,12 +162,13 @@ def transform_weights(
     noise, residual = [], []
     for item in plan.sites:
         weights = read_site(item.site, values)
-        change = change_basis(weights.heads, rows[item.basis], weights.bias)
-        noise.append(
-            predict_noise(weights.heads, weights.bias, change, weights.partners, weights.fellows)[0]
-        )
+        moments = moments_of(weights)
+        both = (moments.key, moments.query) if item.balanced else None
+        change = change_basis(weights.heads, rows[item.basis], weights.bias, both)
+        dtype = values[item.site.linear.weight].dtype
+        noise.append(predict_noise(moments, change.s, change.s_inv, item.size, dtype).site)
         residual.append(change.residual)
-        _turn(item.site, change, values, turned)
+        _turn(item.site, _factors(weights, change, moments, dtype), values, turned)
     tensors: dict[str, Tensor] = {}
     orders: dict[str, Tensor] = {}
     for fold in plan.folds:
@@ -207,37 +210,90 @@ class _Turned:
     constants: dict[Constant, Tensor]
 
 
-def _turn(site: Site, change: ChangeOfBasis, values: Mapping[str, Tensor], turned: _Turned) -> None:
+@dataclass(frozen=True)
+class _Factors:
+    """How the factors of a site turn (``change``), and the decomposed projection in the new basis.
+
+    ``coefficients`` [G, E - r, D] and ``bias`` [G, D], rounded with feedback if ``dtype`` is set;
+    then the others are rounded so too, by the Hessians ``key`` and ``query`` [G, D, D].
+    """
+
+    change: ChangeOfBasis
+    coefficients: Tensor
+    bias: Tensor | None
+    key: Tensor
+    query: Tensor
+    dtype: torch.dtype | None
+
+    def turn(self, vectors: Tensor, groups: Tensor, *, against: bool) -> Tensor:
+        """``vectors`` [n, M, D] of the heads ``groups`` [n], against the decomposed or along."""
+        moved = turn_vectors(vectors, self.change, groups, against=against)
+        if self.dtype is None:
+            return moved
+        return round_with_feedback(moved, (self.key if against else self.query)[groups], self.dtype)
+
+
+def _factors(
+    weights: SiteWeights, change: ChangeOfBasis, moments: Moments, dtype: torch.dtype
+) -> _Factors:
+    """Coefficients in the new basis; where they are rounded with feedback, S is fitted once more,
+    so that the other factor makes up for what they lack."""
+    key = change.s_inv.mT @ moments.key @ change.s_inv
+    query = change.s @ moments.query @ change.s.mT
+    if not keeps_sums_wide(dtype):
+        return _Factors(change, change.coefficients, change.bias, key, query, None)
+    below, old = (
+        [change.coefficients],
+        [weights.heads[:, change.rows], weights.heads[:, change.rest]],
+    )
+    if change.bias is not None and weights.bias is not None:
+        below.append(change.bias.unsqueeze(1))
+        old.append(weights.bias.unsqueeze(1))
+    rounded = round_with_feedback(torch.cat(below, 1), query, dtype)
+    count, every = len(change.rest), torch.arange(len(rounded))
+    identity = torch.eye(rounded.shape[2], dtype=rounded.dtype)[: len(change.rows)]
+    new = torch.cat([identity.expand(len(rounded), -1, -1), rounded], 1)
+    pairs = [(new, torch.cat(old, 1), every)]
+    for fellow in weights.fellows:
+        vectors, groups = fellow.weight.mT, fellow.groups
+        along = turn_vectors(vectors, change, groups, against=False)
+        pairs.append((round_with_feedback(along, query[groups], dtype), vectors, groups))
+    fitted = replace(change, s=refit(pairs, change.s))
+    bias = None if change.bias is None else rounded[:, count]
+    return _Factors(fitted, rounded[:, :count], bias, key, query, dtype)
+
+
+def _turn(site: Site, factors: _Factors, values: Mapping[str, Tensor], turned: _Turned) -> None:
     """Write one site's factors in the new basis; the basis' own weights are left as they are."""
     index = torch.tensor(site.features)
     matrix = turned.matrices[site.linear.weight]
     view = matrix if site.axis == OUT else matrix.T
     block = view[index]
-    block[..., change.rest] = change.coefficients.mT
+    block[..., factors.change.rest] = factors.coefficients.mT
     view[index] = block
     if site.axis == OUT:
         every = torch.arange(len(index))
-        _turn_biases(site.linear, index, change, every, False, values, turned)
-        if change.bias is not None:
+        _turn_biases(site.linear, index, factors, every, False, values, turned)
+        if factors.bias is not None:
             first = next(bias for bias in site.linear.biases if bias is not None)
-            turned.biases[first][index] = change.bias
+            turned.biases[first][index] = factors.bias
     for factor in site.partners:
         index, groups = torch.tensor(factor.features), torch.tensor(factor.groups)
         heads, _ = read_vectors(factor.tensor, factor.axis, factor.features, values)
-        moved = turn_vectors(heads, change, groups, against=factor.against)
+        moved = factors.turn(heads, groups, against=factor.against)
         if isinstance(factor.tensor, Constant):
             turned.constants[factor.tensor][index] = moved.squeeze(1)
             continue
         matrix = turned.matrices[factor.tensor.weight]
         (matrix if factor.axis == OUT else matrix.T)[index] = moved.mT
         if factor.axis == OUT:
-            _turn_biases(factor.tensor, index, change, groups, factor.against, values, turned)
+            _turn_biases(factor.tensor, index, factors, groups, factor.against, values, turned)
 
 
 def _turn_biases(
     linear: Linear,
     index: Tensor,
-    change: ChangeOfBasis,
+    factors: _Factors,
     groups: Tensor,
     against: bool,
     values: Mapping[str, Tensor],
@@ -245,8 +301,7 @@ def _turn_biases(
 ) -> None:
     for name in {bias for bias in linear.biases if bias is not None}:
         heads = float64(values[name])[index].unsqueeze(1)
-        moved = turn_vectors(heads, change, groups, against=against)
-        turned.biases[name][index] = moved.squeeze(1)
+        turned.biases[name][index] = factors.turn(heads, groups, against=against).squeeze(1)
 
 
 def _permute(
