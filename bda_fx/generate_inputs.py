@@ -4,8 +4,9 @@
     complex  →  standard normal                     int, elsewhere  →  1 (a mask, a small number)
     int that is moved to a table as its index       →  uniform below the size of the table
 
-Sizes that the program leaves open are drawn from their range, each symbol once per input, so what
-must agree does. Random tokens and features are not what a model was trained on: its activations are
+Sizes that the program leaves open are drawn from their range, once per input. Those that were equal
+in the example stay equal: a mask has as many tokens as the text, whether or not the program says
+so. Random tokens and features are not what a model was trained on: its activations are
 then often smaller and its attention flatter than in use, so figures on them are weaker evidence.
 """
 
@@ -36,11 +37,13 @@ _CARRIES = op_rules.MOVES | op_rules.KEEPS
 
 
 def generate_inputs(program: ExportedProgram, count: int = COUNT) -> list[Inputs]:
-    """``count`` inputs (args, kwargs) for ``program``, always the same ones.
+    """``count`` inputs (args, kwargs) for ``program``, always the same ones; one if it takes none.
 
     Raises:
         ValueError: the program has an input of a kind that cannot be made up.
     """
+    if not program.graph_signature.user_inputs:
+        return [((), {})]
     return [_generate(program, torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
@@ -73,14 +76,32 @@ def _generate(program: ExportedProgram, random: torch.Generator) -> Inputs:
 
 def _draw_sizes(program: ExportedProgram, random: torch.Generator) -> dict[Any, int]:
     """A size for each symbol, within its range."""
+    examples = _example_sizes(program)
+    drawn: dict[Any, int] = {}
     sizes = {}
     for symbol, bounds in program.range_constraints.items():
+        if not symbol.is_symbol:
+            continue  # a size that follows from others, such as 2 s
         low = max(int(bounds.lower), 2)  # sizes of 0 and 1 may have kernels of their own
-        open_end = low + SPAN
-        high = min(int(bounds.upper), open_end) if bounds.upper.is_finite else open_end
+        # Compared, not converted: an open range ends in one of several infinities.
+        high = low + SPAN if bounds.upper > low + SPAN else int(bounds.upper)
         low = min(low, high)
-        sizes[symbol] = int(torch.randint(low, high + 1, (), generator=random))
+        alike = (examples.get(symbol, symbol), low, high)
+        if alike not in drawn:
+            drawn[alike] = int(torch.randint(low, high + 1, (), generator=random))
+        sizes[symbol] = drawn[alike]
     return sizes
+
+
+def _example_sizes(program: ExportedProgram) -> dict[Any, int]:
+    """The size of each symbol in the example that the program was exported with."""
+    found: dict[Any, int] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.has_hint():
+                found[size.node.expr] = int(size.node.hint)
+    return found
 
 
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:
