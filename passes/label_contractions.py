@@ -86,7 +86,7 @@ class Contractions(Meetings):
     def attention(self, node: fx.Node) -> Value:
         """softmax(q kᵀ) v: a meeting and a passing in one node, as its rule lays them out."""
         rule = rules.ATTENTION[node.target]
-        places = [rule.argument(node, name) for name in (rule.q, rule.k, rule.v)]
+        places = [rules.argument(node, name) for name in (rule.q, rule.k, rule.v)]
         for arg in node.all_input_nodes:
             if arg not in places:
                 self.touch(self.value(arg), Reason.COMPUTED, node)
@@ -120,11 +120,13 @@ class Contractions(Meetings):
             if kinds[1] == "meets":
                 return self.spoil(node)
             self.note_cached(b.node)
+            self.note_weights(node, a.labels)
             return self.pass_through(node, b.labels, self.shape(node))
         if scores[1] or kinds == ["passes", "opaque"]:
             if kinds[0] == "meets":
                 return self.spoil(node)
             self.note_cached(a.node)
+            self.note_weights(node, b.labels)
             return self.pass_left(node, a.labels)
         if any(isinstance(code, int) and code in (PLAIN, ZERO) for code in codes):
             constant = None
@@ -151,6 +153,12 @@ class Contractions(Meetings):
             return SCORES
         self.meet(node, a, b)
         return SCORES
+
+    def note_weights(self, node: fx.Node, weights: Labels) -> None:
+        """Weights that some op has made of features count as scores, of which nothing is known."""
+        product = self.product(node, QK, weights.ids)
+        if product.code <= FIRST_CAUSE:
+            self.found.products.append(product)
 
     def weigh(self, node: fx.Node, a: Operand, b: Operand, kinds: list[str]) -> Value:
         """One side's features are the weights with which the other side is mixed over tokens."""
