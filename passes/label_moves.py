@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.canonicalize import roots_of
 from bda_fx.passes.labels import PLAIN, ZERO, Labels, Outer, Source, Value, hashed
-from bda_fx.passes.run_moves import index_arguments, pads_with_values, run_move
+from bda_fx.passes.run_moves import index_arguments, pads_with_values, run_move, tensors_of
 from bda_fx.passes.sites import Constant, Reason
 from bda_fx.passes.track_features import Tracker
 
@@ -62,7 +62,9 @@ class Moves(Tracker):
                 given = inputs.get(n)
                 if isinstance(given, Labels):
                     return pick(given)
-                return given if given is not None else self.size(n.meta["val"])
+                if given is None and isinstance(n.meta["val"], Tensor):
+                    return torch.zeros((), dtype=torch.int64).expand(self.shape(n))
+                return self.size(n.meta["val"]) if given is None else given
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
             return run_move(node.target, args, kwargs, fill)
@@ -230,10 +232,6 @@ def _origin(node: fx.Node) -> fx.Node:
     while moves_one(node):
         (node,) = tensors_of(node)
     return node
-
-
-def tensors_of(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
 
 
 def scale_of(value: Labels) -> Tensor:

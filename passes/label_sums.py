@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
-from bda_fx.passes.label_moves import Moves, moves_one, scale_of, tensors_of
+from bda_fx.passes.label_moves import Moves, moves_one, scale_of
 from bda_fx.passes.labels import PLAIN, ZERO, Labels, Outer, Source, Value, hashed, hashed_lines
-from bda_fx.passes.run_moves import pads_with_values
+from bda_fx.passes.run_moves import pads_with_values, tensors_of
 from bda_fx.passes.sites import Reason
 
 MAX_STEPS = 16  # a factor is followed back so far to tell which of its elements are equal
@@ -197,4 +197,5 @@ def _is_floating(node: fx.Node) -> bool:
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether equal elements of all that is read make equal elements."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    pointwise = torch.Tag.pointwise in tags or node.target in rules.UNTAGGED_POINTWISE
+    return pointwise and torch.Tag.nondeterministic_seeded not in tags

@@ -79,6 +79,9 @@ MIXES: dict[Any, int | str] = {
     **dict.fromkeys(overloads("avg_pool2d", "adaptive_avg_pool2d"), 2),
 }
 
+# What a factor is made by: every element of the result depends on elements in its place alone.
+UNTAGGED_POINTWISE = overloads("__and__", "__or__", "__xor__")
+
 # Ops that look at shapes and types only; an argument of theirs is not read.
 METADATA = overloads(
     "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "_assert_tensor_metadata",

@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
 
 _INDEXED = rules.overloads("index_select", "index.Tensor")
 _PADS = rules.overloads("constant_pad_nd", "pad")
 _COPIES = rules.overloads("copy", "fill.Tensor")
+_LIKE = rules.overloads("expand_as", "view_as", "type_as", "to.other")
+
+
+def tensors_of(node: fx.Node) -> list[fx.Node]:
+    """Tensors whose elements ``node`` reads."""
+    given = node.args[:1] if node.target in _LIKE else node.all_input_nodes
+    return [
+        arg for arg in given if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
+    ]
 
 
 def index_arguments(node: fx.Node) -> list[fx.Node]:
