@@ -21,7 +21,7 @@ def register_attention(
 
     Args:
         op: what ``torch.library.custom_op`` returned, an op (``torch.ops.my.attention``) or one of
-            its overloads, or a higher-order op.
+            its overloads, or a higher-order op whose ``__call__`` names its arguments.
         q, k, v: names of its arguments.
         layout: axes of these arguments and of the first result, one letter each: h heads, t
             tokens, d features, b any other that is batched over. "bhtd" is that of

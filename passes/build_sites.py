@@ -153,8 +153,11 @@ def _without_chains(sites: list[Site], touched: dict[int, Cause], ports: Ports) 
         if not chained:
             kept.append(site)
             continue
+        linear = ports.of(min(chained), IN).tensor
+        assert isinstance(linear, Linear)
+        cause = Cause(Reason.CHAINED, linear.nodes[0])
         first = ports.of(site.linear.weight, site.axis).first
         for head in site.features:
             for f in head:
-                touched.setdefault(first + f, Cause(Reason.CHAINED, min(chained)))
+                touched.setdefault(first + f, cause)
     return kept

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bda_fx.passes.canonicalize import Program
 
@@ -59,7 +60,7 @@ def _another_size(size: int, allowed: Any) -> int:
 
 
 def index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.Node], Tensor | None]:
-    """Evaluate small integer index tensors that depend on sizes and constants alone."""
+    """Evaluate small index tensors, and scalars, that depend on sizes and constants alone."""
     memo: dict[fx.Node, Tensor | None] = {}
 
     def evaluate(node: fx.Node) -> Tensor | None:
@@ -69,12 +70,14 @@ def index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.No
 
     def compute(node: fx.Node) -> Tensor | None:
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.is_floating_point():
+        if not isinstance(value, Tensor) or (value.is_floating_point() and value.dim() > 0):
             return None
         if node.op == "placeholder" and program.exported is not None:
-            return program.tensors.get(node.name)  # a buffer of a compiled module may change
+            known = program.tensors.get(node.name)  # a buffer of a compiled module may change
+            learned = program.names.get(node.name) in program.exported.state_dict
+            return None if value.is_floating_point() and learned else _with_values(known)
         if node.op == "get_attr":
-            return getattr(program.module, str(node.target), None)
+            return _with_values(getattr(program.module, str(node.target), None))
         if node.op != "call_function":
             return None
         if torch.Size([size(s) for s in value.shape]).numel() > MAX_INDEX:
@@ -102,3 +105,7 @@ def index_value(program: Program, size: Callable[[Any], int]) -> Callable[[fx.No
             return None
 
     return evaluate
+
+
+def _with_values(value: Tensor | None) -> Tensor | None:
+    return None if value is None or value.is_meta or isinstance(value, FakeTensor) else value

@@ -86,7 +86,7 @@ class Contractions(Meetings):
     def attention(self, node: fx.Node) -> Value:
         """softmax(q kᵀ) v: a meeting and a passing in one node, as its rule lays them out."""
         rule = rules.ATTENTION[node.target]
-        places = [rule.argument(node, name) for name in (rule.q, rule.k, rule.v)]
+        places = [rules.argument(node, name) for name in (rule.q, rule.k, rule.v)]
         for arg in node.all_input_nodes:
             if arg not in places:
                 self.touch(self.value(arg), Reason.COMPUTED, node)
@@ -120,12 +120,12 @@ class Contractions(Meetings):
             if kinds[1] == "meets":
                 return self.spoil(node)
             self.note_cached(b.node)
-            return self.pass_through(node, b.labels, self.shape(node))
+            return self.weigh(node, a, b, left=False)
         if scores[1] or kinds == ["passes", "opaque"]:
             if kinds[0] == "meets":
                 return self.spoil(node)
             self.note_cached(a.node)
-            return self.pass_left(node, a.labels)
+            return self.weigh(node, b, a, left=True)
         if any(isinstance(code, int) and code in (PLAIN, ZERO) for code in codes):
             constant = None
             outputs = any(bool(self.sources.mixed(x.labels.ids).any()) for x in (a, b))
@@ -144,7 +144,10 @@ class Contractions(Meetings):
         elif kinds == ["passes", "passes"]:
             return self.outer(node, a.labels, b.labels)
         elif kinds in (["meets", "passes"], ["passes", "meets"]):
-            return self.weigh(node, a, b, kinds)
+            left = kinds[0] == "passes"
+            weights, passing = (b, a) if left else (a, b)
+            self.touch(weights.labels, Reason.COMPUTED, node)
+            return self.weigh(node, weights, passing, left=left)
         elif "passes" in kinds or "mixed" in kinds:
             self.found.products.append(self.product(node, QK, b.labels.ids))
             self.spoil(node, Reason.MISMATCHED)
@@ -152,14 +155,25 @@ class Contractions(Meetings):
         self.meet(node, a, b)
         return SCORES
 
-    def weigh(self, node: fx.Node, a: Operand, b: Operand, kinds: list[str]) -> Value:
-        """One side's features are the weights with which the other side is mixed over tokens."""
-        weights, passing = (a, b) if kinds[1] == "passes" else (b, a)
-        self.found.products.append(self.product(node, QK, weights.labels.ids))
-        self.touch(weights.labels, Reason.COMPUTED, node)
-        if passing is b:
-            return self.pass_through(node, b.labels, self.shape(node))
-        return self.pass_left(node, a.labels)
+    def weigh(self, node: fx.Node, weights: Operand, passing: Operand, *, left: bool) -> Value:
+        """Mix ``passing``, the left or the right operand, over tokens by weights: mostly scores.
+
+        Weights that are features, or that some op has made of them, are a product of queries and
+        keys of which no more is known. Two of them that mix one after the other are one product:
+        linear attention, φ(q) (φ(k)ᵀ v).
+        """
+        made = len(self.sources.all)
+        value = self.value(weights.node)
+        scores = isinstance(value, int) and value == SCORES
+        product = None if scores else self.product(node, QK, weights.labels.ids)
+        if product and (product.features or product.code <= FIRST_CAUSE):
+            mixed = set(self.sources.which(passing.labels.ids.unique()).tolist())
+            if mixed.isdisjoint(self.weighed):
+                self.found.products.append(product)
+            self.weighed.add(made)
+        if left:
+            return self.pass_left(node, passing.labels)
+        return self.pass_through(node, passing.labels, self.shape(node))
 
     def pass_left(self, node: fx.Node, v: Labels) -> Value:
         """The left operand v [*, m, c] is mixed over c: its features stay on the axis of m."""

@@ -19,7 +19,8 @@ Two kinds of contraction matter, both of a left [*, m, c] with a right operand [
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,7 +32,6 @@ from bda_fx.passes.run_moves import is_zero_fill
 from bda_fx.passes.sites import QK, VO, Reason
 from bda_fx.passes.track_features import Setting
 
-_DROPOUTS = rules.overloads("dropout", "feature_dropout", "alpha_dropout", "native_dropout")
 _NATIVE_DROPOUT = rules.overloads("native_dropout")
 
 
@@ -79,12 +79,11 @@ class _Labeller(Contractions):
         if target is operator.getitem:
             value = self.value(node.args[0])
             return value[node.args[1]] if isinstance(value, list) else value  # type: ignore[index]
-        if target in rules.METADATA:
-            return ZERO if target in rules.ZEROS else PLAIN
         if target in rules.ZEROS or is_zero_fill(node):
             return ZERO
-        rule: Callable[[fx.Node], Value] | None = None
-        for ops, method in (
+        if target in rules.METADATA:
+            return PLAIN
+        table: tuple[tuple[Container[Any], Callable[[fx.Node], Value]], ...] = (
             (rules.LINEAR, self.linear),
             (rules.KEEPS, self.keep),
             (rules.MOVES, self.move),
@@ -92,13 +91,13 @@ class _Labeller(Contractions):
             (rules.WRITES, self.write),
             (rules.STORES, self.leave),
             (rules.SCALES, self.scale),
-            (rules.ADDS, self.add),
+            (rules.SUMS, self.add),
+            (rules.MIXES, self.mix_along),
             (rules.MATMULS, self.matmul),
             (rules.ATTENTION, self.attention),
-        ):
-            if target in ops:
-                rule = method
-        return rule(node) if rule else self.unknown(node)
+        )
+        rule = next((method for ops, method in table if target in ops), self.unknown)
+        return rule(node)
 
     def unknown(self, node: fx.Node) -> Value:
         """An op without a rule. One of the user's own that reads several projections may well be an
@@ -161,10 +160,7 @@ class _Labeller(Contractions):
     def keep(self, node: fx.Node) -> Value:
         result = node.meta["val"]
         result = result[0] if isinstance(result, tuple | list) else result
-        training = node.target in _DROPOUTS
-        if training and len(node.args) > 2 and node.args[2]:
-            return self.spoil(node)
-        if not result.dtype.is_floating_point:
+        if rules.is_random(node) or not result.dtype.is_floating_point:
             return self.spoil(node)
         value = self.value(node.args[0])
         return [value, PLAIN] if node.target in _NATIVE_DROPOUT else value

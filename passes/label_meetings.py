@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
-from bda_fx.passes.label_moves import Moves
+from bda_fx.passes.label_sums import Sums
 from bda_fx.passes.labels import (
     FIRST_CAUSE,
     FIRST_SUM,
@@ -42,7 +42,7 @@ class Operand:
     labels: Labels
 
 
-class Meetings(Moves):
+class Meetings(Sums):
     """Notes which features meet, and carries those that pass through a mixing of tokens."""
 
     def note_cached(self, arg: Any) -> None:

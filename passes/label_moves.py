@@ -1,4 +1,4 @@
-"""Rules for everything between a projection and its attention: moves, factors, sums, caches."""
+"""Rules for what moves between a projection and its attention: features, constants, caches."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.canonicalize import roots_of
-from bda_fx.passes.labels import PLAIN, SCORES, ZERO, Labels, Outer, Source, Value, hashed
-from bda_fx.passes.run_moves import index_arguments, pads_with_values, run_move
+from bda_fx.passes.labels import PLAIN, ZERO, Labels, Outer, Source, Value, hashed
+from bda_fx.passes.run_moves import index_arguments, pads_with_values, run_move, tensors_of
 from bda_fx.passes.sites import Constant, Reason
 from bda_fx.passes.track_features import Tracker
 
 MAX_CONSTANT = 1 << 20  # constants up to this many elements are followed element by element
 
-_MULTIPLIES = rules.overloads("mul", "multiply")
 _CATS = rules.overloads("cat", "concat", "concatenate")
 
 
 class Moves(Tracker):
-    """Rules that leave every element one feature, or a sum of features, of one token."""
+    """Rules that leave every element one feature of one token."""
 
     def move(self, node: fx.Node) -> Value:
-        tensors = _tensors(node)
+        tensors = tensors_of(node)
         if all(isinstance(self.values[n], int) for n in tensors):
             codes = [self.values[n] for n in tensors]
             return codes[0] if len(set(codes)) == 1 else self.merge(codes)  # type: ignore[arg-type]
@@ -46,6 +45,8 @@ class Moves(Tracker):
 
     def moved(self, arg: fx.Node, node: fx.Node) -> Labels:
         """An input of a move that has labelled ones too: constants are followed as well."""
+        if self.is_zero(arg):
+            return self.materialise(ZERO, self.shape(arg))
         if self.values[arg] == PLAIN:
             constant = self.constant(arg, node)
             if constant is not None:
@@ -61,14 +62,16 @@ class Moves(Tracker):
                 given = inputs.get(n)
                 if isinstance(given, Labels):
                     return pick(given)
-                return given if given is not None else self.size(n.meta["val"])
+                if given is None and isinstance(n.meta["val"], Tensor):
+                    return torch.zeros((), dtype=torch.int64).expand(self.shape(n))
+                return self.size(n.meta["val"]) if given is None else given
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
             return run_move(node.target, args, kwargs, fill)
 
         try:
             ids = perform(lambda v: v.ids, ZERO)
-            scale: Any = perform(_scale_of, 0) if scaled else None
+            scale: Any = perform(scale_of, 0) if scaled else None
         except (RuntimeError, IndexError, ValueError, TypeError):
             return self.spoil(node, Reason.UNPROVEN)
         if isinstance(ids, Tensor):
@@ -86,9 +89,9 @@ class Moves(Tracker):
             return None
         path: list[fx.Node] = []
         root = arg
-        while _moves_one(root):
+        while moves_one(root):
             path.append(root)
-            (root,) = _tensors(root)
+            (root,) = tensors_of(root)
         value = root.meta.get("val")
         if not self.is_constant(root) or not isinstance(value, Tensor):
             return None
@@ -106,7 +109,7 @@ class Moves(Tracker):
         for node in reversed(path):
             if node.target in rules.KEEPS:
                 continue
-            labels = self.run(node, {_tensors(node)[0]: labels})  # type: ignore[dict-item]
+            labels = self.run(node, {tensors_of(node)[0]: labels})  # type: ignore[dict-item]
             if not isinstance(labels, Labels):
                 return None
         assert isinstance(labels, Labels)
@@ -147,6 +150,8 @@ class Moves(Tracker):
         """Features are written at given positions into a program input (a static cache)."""
         past, value = node.args[0], self.value(node.args[-1])
         if node.target in rules.INDEX_PUTS:
+            if isinstance(self.value(past), Source | Labels) and len(node.args) < 4:
+                return self.move(node)  # some elements are replaced
             places = node.args[1]
             axes = [i for i, at in enumerate(places) if at is not None]  # type: ignore[arg-type]
             value = self.value(node.args[2])
@@ -202,108 +207,32 @@ class Moves(Tracker):
         origin = _origin(node)
         return origin.op == "placeholder" and not self.is_constant(origin)
 
-    # -- factors and sums ---------------------------------------------------------------------
-
-    def scale(self, node: fx.Node) -> Value:
-        """Multiply by a factor; elements with equal factors stay in one class."""
-        left, right = (*node.args, None)[0:2]
-        value, factor = self.value(left), right
-        if isinstance(value, int) and node.target in _MULTIPLIES:
-            value, factor = self.value(right), left
-        other = self.value(factor)
-        if isinstance(value, int) or not isinstance(other, int):
-            return self.spoil(node)
-        if isinstance(value, Outer):
-            return self.spoil(node) if isinstance(factor, fx.Node) else value
-        if isinstance(value, list) or not node.meta["val"].dtype.is_floating_point:
-            return self.spoil(node)
-        labels = self.materialise(value)
-        # One number for all elements is a class too: features it leaves out have another.
-        classes = torch.zeros((), dtype=torch.int64)
-        if isinstance(factor, fx.Node) and isinstance(factor.meta["val"], Tensor):
-            shape = self.shape(factor)
-            if other == SCORES or len(shape) > labels.ids.dim():
-                return self.spoil(node)
-            classes = torch.arange(torch.Size(shape).numel()).view(shape)
-        ids, classes = torch.broadcast_tensors(labels.ids, classes)
-        old = torch.zeros_like(ids) if labels.scale is None else labels.scale.expand(ids.shape)
-        salt = torch.tensor(len(self.values)).expand(ids.shape)
-        return Labels(ids, hashed(old, salt, classes))
-
-    def add(self, node: fx.Node) -> Value:
-        """A sum of features is a feature: each of its terms changes basis alike."""
-        left, right = self.value(node.args[0]), self.value(node.args[1])
-        for value, other, number in ((left, right, node.args[1]), (right, left, node.args[0])):
-            nothing = (isinstance(other, int) and other == ZERO) or number == 0
-            if nothing and not isinstance(value, int) and value is left:
-                same = isinstance(value, Source | Labels) and (
-                    tuple(self.materialise(value).ids.shape) == self.shape(node)
-                )
-                return value if same else self.spoil(node)
-        terms = [self.term(arg, node) for arg in node.args[:2]]
-        if (
-            terms[0] is None
-            or terms[1] is None
-            or (isinstance(left, int) and isinstance(right, int))
-        ):
-            return self.spoil(node)
-        if not node.meta["val"].dtype.is_floating_point:
-            return self.spoil(node)
-        a, b = (Labels(t.ids.expand(self.shape(node)), t.scale) for t in terms)
-        (features_a, rows_a), (features_b, rows_b) = (self.sources.locate(t.ids) for t in (a, b))
-        labelled_a, labelled_b = a.ids >= 0, b.ids >= 0
-        empty_a, empty_b = a.ids == ZERO, b.ids == ZERO
-        if not bool(((labelled_a | empty_a) & (labelled_b | empty_b)).all()):
-            return self.spoil(node)
-        both = labelled_a & labelled_b
-        if self.rotates(features_a[both], features_b[both]):
-            return self.spoil(node, Reason.ROTATED)
-        features = torch.where(labelled_a, features_a, features_b)
-        features[both] = self.sums(features_a[both], features_b[both])
-        rows = hashed(
-            *(torch.where(t.ids >= 0, r, -1) for t, r in ((a, rows_a), (b, rows_b))),
-            *(_scale_of(t).expand(self.shape(node)) for t in (a, b)),
-        )
-        mixed = bool((self.sources.mixed(a.ids) | self.sources.mixed(b.ids)).any())
-        return self.sources.derive(features, rows, mixed=mixed)
-
-    def term(self, arg: Any, node: fx.Node) -> Labels | None:
-        value = self.value(arg)
-        if isinstance(value, Source | Labels):
-            return self.materialise(value)
-        return self.constant(arg, node) if value == PLAIN else None
-
-    def sums(self, left: Tensor, right: Tensor) -> Tensor:
-        """Numbers of the sums of features, element by element."""
-        pairs, of = torch.stack([left, right], -1).unique(dim=0, return_inverse=True)
-        numbers = [self.sources.sum_of(pair) for pair in pairs.tolist()]
-        return torch.tensor(numbers, dtype=torch.int64)[of]
-
-    def rotates(self, left: Tensor, right: Tensor) -> bool:
-        """Whether different features of one tensor are added up."""
-        for a, b in torch.stack([left, right], -1).unique(dim=0).tolist():
-            owners = [{self.ports.owner(t) for t in self.sources.terms(f)} for f in (a, b)]
-            if a != b and owners[0] & owners[1]:
-                return True
-        return False
+    def is_zero(self, arg: Any) -> bool:
+        """Whether ``arg`` is zero for certain: a number, a tensor of zeros, a constant scalar."""
+        if not isinstance(arg, fx.Node):
+            return arg in (0, 0.0)
+        if self.values[arg] != PLAIN or arg.meta["val"].dim() > 0:
+            return self.values[arg] == ZERO
+        value = self.setting.constant_value(arg)
+        return value is not None and not bool(value.any())
 
 
-def _moves_one(node: fx.Node) -> bool:
+def moves_one(node: fx.Node) -> bool:
     """Whether ``node`` moves the elements of a single tensor."""
-    moves = node.target in rules.MOVES or node.target in rules.KEEPS
-    return moves and len(_tensors(node)) == 1 and isinstance(node.meta.get("val"), Tensor)
+    keeps = node.target in rules.KEEPS and not rules.is_random(node)
+    return (
+        (node.target in rules.MOVES or keeps)
+        and len(tensors_of(node)) == 1
+        and isinstance(node.meta.get("val"), Tensor)
+    )
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """What ``node`` is moved from."""
-    while _moves_one(node):
-        (node,) = _tensors(node)
+    while moves_one(node):
+        (node,) = tensors_of(node)
     return node
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-
-
-def _scale_of(value: Labels) -> Tensor:
+def scale_of(value: Labels) -> Tensor:
     return torch.zeros_like(value.ids) if value.scale is None else value.scale

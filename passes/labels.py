@@ -234,6 +234,13 @@ def hashed(*parts: Tensor) -> Tensor:
     return total
 
 
+def hashed_lines(*parts: Tensor) -> Tensor:
+    """One number per line along the last axis, equal where the lines of all ``parts`` are equal."""
+    numbers = hashed(*parts)
+    generator = torch.Generator().manual_seed(0)
+    return (numbers * torch.randint(1, 1 << 62, numbers.shape[-1:], generator=generator)).sum(-1)
+
+
 def constant_along(x: Tensor, dim: int, ids: Tensor) -> bool:
     """Whether the labelled elements of x agree along ``dim``."""
     big = torch.iinfo(torch.int64).max

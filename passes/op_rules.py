@@ -7,6 +7,7 @@ wrong rewrite.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,9 @@ MOVES = overloads(
     "tensor_split.sections", "tensor_split.indices", "unbind.int", "slice.Tensor", "select.int",
     "narrow.default", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip",
     "rot90",
-    "slice_scatter", "select_scatter", "copy", "constant_pad_nd", "pad", "diagonal", "unfold",
-    "index_select", "index.Tensor", "pixel_shuffle", "pixel_unshuffle", "atleast_2d", "atleast_3d",
+    "slice_scatter", "select_scatter", "copy", "fill.Tensor", "constant_pad_nd", "pad", "diagonal",
+    "unfold", "index_select", "index.Tensor", "pixel_shuffle", "pixel_unshuffle", "atleast_2d",
+    "atleast_3d",
 )  # fmt: skip
 
 VIEWS = overloads("view.default", "_unsafe_view")  # moves that hold for some strides only
@@ -58,15 +60,39 @@ SCALES = overloads("mul", "multiply", "div.Tensor", "div.Scalar", "divide.Tensor
 
 ADDS = overloads("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub", "subtract.Tensor")
 
+# Sums of terms, as the arguments (term, its factor if it has one). A choice is one too: a m + b ¬m.
+SUMS: dict[Any, tuple[tuple[str, str | None], ...]] = {
+    **dict.fromkeys(ADDS, (("self", None), ("other", None))),
+    **dict.fromkeys(overloads("lerp"), (("self", "weight"), ("end", "weight"))),
+    **dict.fromkeys(
+        overloads("where.self", "where.ScalarOther", "where.ScalarSelf"),
+        (("self", "condition"), ("other", "condition")),
+    ),
+    **dict.fromkeys(overloads("masked_fill"), (("self", "mask"), ("value", "mask"))),
+}
+
+# Mixtures of the elements along some axes, with coefficients that depend on places along these
+# alone: how many axes, the last ones, or the argument that names them.
+MIXES: dict[Any, int | str] = {
+    **dict.fromkeys(overloads("sum.dim_IntList", "mean.dim", "cumsum.default"), "dim"),
+    **dict.fromkeys(overloads("avg_pool1d", "adaptive_avg_pool1d"), 1),
+    **dict.fromkeys(overloads("avg_pool2d", "adaptive_avg_pool2d"), 2),
+}
+
+# What a factor is made by: every element of the result depends on elements in its place alone.
+UNTAGGED_POINTWISE = overloads("__and__", "__or__", "__xor__")
+
 # Ops that look at shapes and types only; an argument of theirs is not read.
 METADATA = overloads(
     "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "_assert_tensor_metadata",
     "_assert_scalar", "_assert_async", "new_empty", "new_empty_strided", "new_zeros", "new_ones",
     "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
-    "is_same_size",
+    "fill.Scalar", "is_same_size",
 )  # fmt: skip
 
-ZEROS = overloads("zeros", "new_zeros", "zeros_like")
+ZEROS = overloads("zeros", "new_zeros", "zeros_like", "zero")
+FULLS = overloads("full", "new_full", "full_like", "fill.Scalar", "scalar_tensor")
+FILLS = ZEROS | FULLS | overloads("ones", "new_ones", "ones_like")  # equal elements
 
 # Ops that write a tensor into another one at places given by an index or a slice.
 INDEX_PUTS = overloads("index_put", "_unsafe_index_put")
@@ -89,13 +115,6 @@ class AttentionRule:
     v: str = "value"
     layout: str = "bhtd"
 
-    def argument(self, node: fx.Node, name: str) -> Any:
-        """The argument of a node that its schema calls ``name``, or None."""
-        if name in node.kwargs:
-            return node.kwargs[name]
-        at = argument_names(node.target).index(name)
-        return node.args[at] if at < len(node.args) else None
-
     @property
     def grouped(self) -> bool:
         """Whether there is an axis of heads, along which keys may be fewer than queries."""
@@ -117,11 +136,31 @@ class AttentionRule:
 
 
 def argument_names(target: Any) -> list[str]:
-    """Names of an op's arguments."""
+    """Names of an op's arguments; a higher-order op has no schema, but its call may name them."""
     schema = getattr(target, "_schema", None)
     if schema is not None:
         return [argument.name for argument in schema.arguments]
-    return ["query", "key", "value"]  # flex_attention, which is not an ATen op
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = inspect.signature(target.__call__).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in named]
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument of a node that its op calls ``name``, or None."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    at = argument_names(node.target).index(name)
+    return node.args[at] if at < len(node.args) else None
+
+
+def mixed_axes(node: fx.Node, rank: int) -> list[int]:
+    """Axes, of ``rank`` many, along which an op of ``MIXES`` mixes."""
+    rule = MIXES[node.target]
+    if isinstance(rule, int):
+        return list(range(rank - rule, rank))
+    given = argument(node, rule)
+    axes = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    return sorted(int(axis) % rank for axis in axes) or list(range(rank))
 
 
 ATTENTION: dict[Any, AttentionRule] = dict.fromkeys(
@@ -134,6 +173,14 @@ ATTENTION: dict[Any, AttentionRule] = dict.fromkeys(
 )  # fmt: skip
 """Ops that hold a whole attention; ``bda_fx.register_attention`` adds to them."""
 ATTENTION[torch.ops.higher_order.flex_attention] = AttentionRule()
+
+DROPOUTS = overloads("dropout", "feature_dropout", "alpha_dropout", "native_dropout")
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that drops."""
+    return node.target in DROPOUTS and len(node.args) > 2 and bool(node.args[2])
+
 
 MATMULS = overloads("matmul", "bmm", "baddbmm.default")
 LINEAR = overloads("linear")

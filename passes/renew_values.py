@@ -59,4 +59,5 @@ def renew_values(program: Program) -> None:
 
 def _keeps_strides(node: fx.Node) -> bool:
     """Whether the strides of a result follow from those of what is read."""
-    return any(node.target in ops for ops in (rules.MOVES, rules.KEEPS, rules.SCALES, rules.ADDS))
+    tables = (rules.MOVES, rules.KEEPS, rules.SCALES, rules.SUMS, rules.MIXES)
+    return any(node.target in ops for ops in tables)

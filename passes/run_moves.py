@@ -5,28 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
 
 _INDEXED = rules.overloads("index_select", "index.Tensor")
 _PADS = rules.overloads("constant_pad_nd", "pad")
-_COPIES = rules.overloads("copy")
-_FILLS = rules.overloads("full", "scalar_tensor")
+_COPIES = rules.overloads("copy", "fill.Tensor")
+_LIKE = rules.overloads("expand_as", "view_as", "type_as", "to.other")
+
+
+def tensors_of(node: fx.Node) -> list[fx.Node]:
+    """Tensors whose elements ``node`` reads."""
+    given = node.args[:1] if node.target in _LIKE else node.all_input_nodes
+    return [
+        arg for arg in given if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
+    ]
 
 
 def index_arguments(node: fx.Node) -> list[fx.Node]:
     """Tensor arguments that say *where* to read rather than what."""
-    if node.target not in _INDEXED:
-        return []
     found: list[fx.Node] = []
-    fx.map_arg(node.args[1:], found.append)
+    if node.target in _INDEXED:
+        fx.map_arg(node.args[1:], found.append)
+    elif node.target in rules.INDEX_PUTS:
+        fx.map_arg(node.args[1], found.append)
     return found
 
 
 def pads_with_values(node: fx.Node) -> bool:
-    padded = node.target in rules.overloads("constant_pad_nd", "pad")
-    if not padded:
+    if node.target not in _PADS:
         return False
     if node.target in rules.overloads("pad") and (*node.args, "constant")[2] != "constant":
         return True
@@ -35,8 +43,7 @@ def pads_with_values(node: fx.Node) -> bool:
 
 
 def is_zero_fill(node: fx.Node) -> bool:
-    fills = rules.overloads("full", "scalar_tensor")
-    return node.target in fills and node.args[-1] in (0, 0.0)
+    return node.target in rules.FULLS and node.args[-1] in (0, 0.0)
 
 
 def run_move(target: Any, args: Any, kwargs: dict[str, Any], fill: int) -> Any:

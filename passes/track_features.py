@@ -106,6 +106,8 @@ class Tracker:
         self.found = Labelling()
         self.touched_ports: set[int] = set()
         self.owner_sets: dict[tuple[int, ...], int] = {}
+        self.weighed: set[int] = set()
+        """Numbers of the sources that were mixed over tokens by something other than scores."""
 
     def value(self, arg: object) -> Value:
         return self.values[arg] if isinstance(arg, fx.Node) else PLAIN

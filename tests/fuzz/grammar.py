@@ -15,7 +15,10 @@ SPELLINGS = ("linear", "matmul", "einsum", "addmm", "conv", "left", "heads")
 KEY_CHANGES = (
     "none", "scale", "scale_heads", "scale_tokens", "scale_features", "scale_halves", "relu",
     "roll_tokens", "add_shifted", "add_constant", "add_linear", "add_input", "zero_feature",
-    "round_trip", "in_place", "norm",
+    "round_trip", "in_place", "norm", "mask_tokens", "mask_expanded", "mask_features",
+    "mask_in_place", "choose_shifted", "fill_ones", "zero_token", "zero_part", "lerp_shifted",
+    "lerp_features", "running_sum", "running_features", "centre", "centre_features", "pool",
+    "half_mean", "half_negated", "half_difference",
 )  # fmt: skip
 CHOICES: dict[str, tuple[Any, ...]] = {
     "heads": (2, 3, 4),
@@ -39,14 +42,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "permuted": ("none", "none", "q", "k", "both", "heads"),
     "scores": ("sdpa", "sdpa", "matmul", "bmm", "baddbmm", "einsum", "linear"),
     "weights": ("softmax", "sigmoid", "softcap", "talking", "alibi", "mask"),
-    "change_out": ("none", "none", "gate_heads", "gate_features", "gelu", "flip", "swap_heads"),
+    "change_out": (
+        "none", "none", "gate_heads", "gate_features", "gelu", "flip", "swap_heads", "mask_tokens",
+        "mask_features", "running_sum", "centre", "half_mean",
+    ),
     "outputs": ("one", "one", "two", "half_heads", "half_features"),
     "extra": ("none", "none", "none", "k", "v", "out", "weights", "v_sum", "residual"),
     "shared": ("no", "no", "no", "kq", "kv", "other"),
     "second_query": (False, False, False, True),
     "cross": (False, False, True),
     "cached": (False, False, False, False, True),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tests.fuzz.grammar import Spec
 
 B, TOKENS, MEMORY, PAST = 2, 5, 7, 3
+COLUMN = {"q": 0, "k": 1, "v": 2, "out": 3}  # of the input, that masks each part
 
 
 @dataclass(frozen=True)
@@ -205,26 +206,56 @@ class _Source:
             "round_trip": f"{part}.to(torch.float64).contiguous()",
             "zero_feature": f"F.pad({part}[..., 1:], (1, 0))",
             "norm": f"{part} * torch.rsqrt({part}.square().mean(-1, keepdim=True) + 1e-3)",
+            **self.treatments(part, "x" if part == "q" else self.source_of_keys()),
+        }
+        x = "x" if part == "q" else self.source_of_keys()
+        writes = {
+            "in_place": "[..., 0].mul_(2.0)",
+            "mask_in_place": f"[({x}[..., {COLUMN[part]}] > 0)[:, None].expand(-1, {n}, -1)] = 0",
+            "zero_token": "[:, :, 0] = 0",
+            "zero_part": "[:, :, 0, :2] = 0",
         }
         if what == "none":
             return
         if what == "add_constant":
             self.say(f"{part} = {part} + {self.parameter(f'c_{part}', n, 1, d)}")
         elif what == "add_linear":
-            x, width = ("x", self.spec.width)
-            if part != "q":
-                x = self.source_of_keys()
-            w = self.parameter(f"w_{part}2", n * d, width)
+            w = self.parameter(f"w_{part}2", n * d, self.spec.width)
             self.say(f"{part}2 = F.linear({x}, {w}).unflatten(-1, ({n}, {d})).transpose(1, 2)")
             self.say(f"{part} = {part} + 0.5 * {part}2")
         elif what == "add_input":
-            x = "x" if part == "q" else self.source_of_keys()
             self.say(f"{part} = {part} + {x}[:, None, :, :{d}]")
-        elif what == "in_place":
+        elif what in writes:
             self.say(f"{part} = {part}.clone()")
-            self.say(f"{part}[..., 0].mul_(2.0)")
+            self.say(f"{part}{writes[what]}")
         else:
             self.say(f"{part} = {simple[what]}")
+
+    def treatments(self, t: str, x: str) -> dict[str, str]:
+        """Ops on heads ``t``, some of which treat all features of a head alike.
+
+        Each part has a mask of its own, and each feature, so that no two are equal by accident.
+        """
+        d, column = self.spec.head_dim, COLUMN[t]
+        mask = f"({x}[:, None, :, {column}:{column + 1}] > 0)"
+        features = f"(torch.arange({t}.shape[2])[:, None] % {d} == torch.arange({d}))"
+        return {
+            "mask_tokens": f"{t}.masked_fill({mask}, 0.0)",
+            "mask_expanded": f"torch.where(~{mask}.expand_as({t}), {t}, torch.zeros_like({t}))",
+            "mask_features": f"torch.where({features}, {t}, 0.0)",
+            "choose_shifted": f"torch.where({mask}, {t}, {t}.roll(1, 2))",
+            "fill_ones": f"{t}.masked_fill({mask}, 1.0)",
+            "lerp_shifted": f"torch.lerp({t}, {t}.roll(1, 2), {x}[:, None, :, :1].sigmoid())",
+            "lerp_features": f"torch.lerp({t}, {t}.roll(1, 2), torch.arange({d}).to({t}) / {d})",
+            "running_sum": f"{t}.cumsum(2)",
+            "running_features": f"{t}.cumsum(-1)",
+            "centre": f"{t} - {t}.mean(2, keepdim=True)",
+            "centre_features": f"{t} - {t}.mean(-1, keepdim=True)",
+            "pool": f"F.avg_pool1d({t}.mT.flatten(0, 1), 3, 1, 1).mT.unflatten(0, {t}.shape[:2])",
+            "half_mean": f"torch.cat([{t}[..., :2].mean(2, keepdim=True).expand_as({t}[..., :2]), {t}[..., 2:]], -1)",
+            "half_negated": f"torch.cat([0 - {t}[..., :2], {t}[..., 2:]], -1)",
+            "half_difference": f"torch.cat([({t} + {t}.roll(1, 2))[..., :2], ({t} - {t}.roll(1, 2))[..., 2:]], -1)",
+        }
 
     def rotate(self) -> None:
         kind, d = self.spec.rotary, self.spec.head_dim
@@ -343,6 +374,7 @@ class _Source:
             "gelu": "F.gelu(out)",
             "flip": "out.flip(-1)",
             "swap_heads": "out.flip(1)",
+            **self.treatments("out", "x"),
         }
         if self.spec.change_out != "none":
             self.say(f"out = {ops[self.spec.change_out]}")

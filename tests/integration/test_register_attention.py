@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 
 import bda_fx
-from bda_fx.passes.op_rules import ATTENTION
+from bda_fx.passes.op_rules import ATTENTION, argument
 from tests import tolerances
 from tests.programs import (
     FULL,
@@ -295,3 +296,38 @@ def test_a_layout_that_is_none(layout: str) -> None:
 def test_what_is_no_op(op: Any) -> None:
     with pytest.raises(TypeError, match=r"op is an op of torch\.ops or what .*custom_op"):
         bda_fx.register_attention(op)
+
+
+class OwnOrder(HigherOrderOperator):
+    """A higher-order op, which has no schema: its call says what its arguments are."""
+
+    def __init__(self) -> None:
+        super().__init__("bda_fx_register_own_order")
+
+    def __call__(self, keys: Tensor, values: Tensor, queries: Tensor, score_mod: Any) -> Any:
+        return super().__call__(keys, values, queries, score_mod)
+
+
+class Unnamed(HigherOrderOperator):
+    def __init__(self) -> None:
+        super().__init__("bda_fx_register_unnamed")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_higher_order_op_is_registered_by_the_names_of_its_call() -> None:
+    op = OwnOrder()
+    with pytest.raises(ValueError, match=r"no argument 'query'.*keys.*values.*queries"):
+        bda_fx.register_attention(op)
+    bda_fx.register_attention(op, q="queries", k="keys", v="values")
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("k", "v", "q")]
+    node = graph.call_function(op, (*nodes, None))
+    rule = ATTENTION[op]
+    assert [argument(node, name) for name in (rule.k, rule.v, rule.q)] == nodes
+
+
+def test_a_higher_order_op_that_names_no_arguments_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no argument 'query'; it has \[\]"):
+        bda_fx.register_attention(Unnamed())

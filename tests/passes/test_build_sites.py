@@ -261,6 +261,4 @@ def test_a_chain_of_sites_keeps_the_first() -> None:
         n.touched.clear()
         (site,) = n.sites(*order)
         assert site.linear.name == "v.weight"
-        assert n.touched == dict.fromkeys(
-            n.out("between", 0, 1), Cause(Reason.CHAINED, "p_between")
-        )
+        assert n.touched == dict.fromkeys(n.out("between", 0, 1), Cause(Reason.CHAINED, "between"))

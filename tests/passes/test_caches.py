@@ -171,4 +171,4 @@ def test_a_probe_of_something_else_is_no_cache() -> None:
             return self.o(out.transpose(1, 2).flatten(-2)), q, v.mean(2)
 
     report = bda_fx.analyze(Probe(), (example(),), options=OPAQUE)
-    assert reasons(report) == {"qk": "RETURNED", "vo": "NORMALISED"}
+    assert reasons(report) == {"qk": "RETURNED", "vo": "RETURNED"}

@@ -271,6 +271,12 @@ def test_unproven_where_a_movement_cannot_be_followed(monkeypatch: pytest.Monkey
     assert {s.reason_code for s in report.skipped} == {Reason.UNPROVEN.name}
 
 
+def test_a_chained_skip_names_the_linear_that_is_in_another_site() -> None:
+    model, _, options = chained()
+    (skip,) = [s for s in report_for(model, options).skipped if s.reason_code == "CHAINED"]
+    assert (skip.node or "").startswith("linear")
+
+
 def test_every_reason_has_a_case() -> None:
     assert set(CASES) | {Reason.UNPROVEN} == set(Reason)
 
