@@ -125,7 +125,7 @@ def cached(recipe: Recipe) -> Trained:
         # Whole or not at all: what is under the final name is complete, whoever else trains too.
         with tempfile.TemporaryDirectory(dir=directory.parent) as unfinished:
             place = Path(unfinished) / "model"
-            trained.model.save_pretrained(place)
+            trained.model.save_pretrained(place)  # type: ignore[operator]
             trained.tokenizer.save_pretrained(place)
             (place / "training.json").write_text(json.dumps(trained.record, indent=1) + "\n")
             if not directory.exists():

@@ -21,12 +21,13 @@ import copy
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -75,6 +76,10 @@ class Subject:
     blocks: Tensor
     """[blocks, tokens] ids"""
     batch_size: int
+
+    def likelihoods(self, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of each token of the blocks but the first, [blocks, tokens − 1]."""
+        return log_likelihoods(logits_of, self.blocks, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -126,46 +131,52 @@ def measure(subject: Subject) -> list[Row]:
     """Rows for each dtype: the original, its float64 run, and each rewrite."""
     rows = []
     example = {"input_ids": subject.blocks[: subject.batch_size]}
-
-    def likelihoods(logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        return log_likelihoods(logits_of, subject.blocks, subject.batch_size)
-
     for dtype in DTYPES:
         rounded = copy.deepcopy(subject.model).to(dtype)
         exported = canonicalize_module(rounded, (), example).exported
         assert exported is not None
-        original = likelihoods(logits_of(exported.module()))
-        exact = likelihoods(lambda ids, e=exported: evaluate_float64(e, (), {"input_ids": ids})[0])
-
-        def row(name: str, found: Tensor, original=original, exact=exact, dtype=dtype, **of_report):
-            return Row(
-                model=subject.name,
-                dtype=str(dtype).removeprefix("torch."),
-                rewrite=name,
-                perplexity=perplexity(found),
-                change=relative_change(original, found, seed=SEED),
-                noise=rms(found - exact) / rms(original - exact),
-                **of_report,
-            )
-
-        rows += [row("original", original), row("in float64", exact)]
+        original = subject.likelihoods(as_it_is(exported.module()))
+        exact = subject.likelihoods(in_float64(exported))
+        yardstick = Yardstick(subject.name, dtype, original, exact)
+        rows += [yardstick.row("original", original), yardstick.row("in float64", exact)]
         for name, options in REWRITES.items():
             rewrite = bda_fx.rewrite(exported, options=options)
-            rows.append(
-                row(
-                    name,
-                    likelihoods(logits_of(rewrite.program.module())),
-                    sites=len(rewrite.report.rewritten),
-                    products=len(rewrite.report.sites),
-                    saved=saved(rewrite.report),
-                )
-            )
+            found = subject.likelihoods(as_it_is(rewrite.program.module()))
+            rows.append(yardstick.row(name, found, rewrite.report))
             print(line(rows[-1]), flush=True)
     return rows
 
 
-def logits_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class Yardstick:
+    """The original in one dtype and in float64, which each rewrite is held against."""
+
+    model: str
+    dtype: torch.dtype
+    original: Tensor
+    exact: Tensor
+
+    def row(self, rewrite: str, found: Tensor, report: bda_fx.Report | None = None) -> Row:
+        """``found`` are log-likelihoods of the same tokens as the original's."""
+        return Row(
+            model=self.model,
+            dtype=str(self.dtype).removeprefix("torch."),
+            rewrite=rewrite,
+            perplexity=perplexity(found),
+            change=relative_change(self.original, found, seed=SEED),
+            noise=rms(found - self.exact) / rms(self.original - self.exact),
+            sites=len(report.rewritten) if report else 0,
+            products=len(report.sites) if report else 0,
+            saved=saved(report) if report else 0.0,
+        )
+
+
+def as_it_is(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda ids: module(input_ids=ids).logits
+
+
+def in_float64(program: ExportedProgram) -> Callable[[Tensor], Tensor]:
+    return lambda ids: evaluate_float64(program, (), {"input_ids": ids})[0]
 
 
 def rms(values: Tensor) -> float:
@@ -240,19 +251,19 @@ def plot(rows: list[Row], path: Path) -> None:
             panel.axvspan(-100 * limit, 100 * limit, color="tab:green", alpha=0.15, lw=0)
             panel.axvline(0, color="grey", lw=0.8)
             for row in shown:
-                if math.isfinite(row.change.value):
-                    value, low, high = (
-                        100 * x for x in (row.change.value, row.change.low, row.change.high)
-                    )
-                    at = labels.index(row.rewrite)
-                    panel.plot([low, high], [at, at], color="tab:blue", lw=2)
+                at = labels.index(row.rewrite)
+                value, *ends = (100 * x for x in astuple(row.change))
+                if math.isfinite(value):
+                    panel.plot(ends, [at, at], color="tab:blue", lw=2)
                     panel.plot(value, at, "o", color="tab:blue", ms=4)
+                else:
+                    panel.text(0, at, " not finite", va="center", fontsize=8)
             panel.set_xscale("symlog", linthresh=100 * limit)
             panel.tick_params(axis="x", labelsize=7, rotation=30)
             panel.set_yticks(range(len(labels)), labels)
             panel.set_title(f"{name}, {dtype}", fontsize=9)
             panel.margins(y=0.1)
-        panels[0].invert_yaxis()
+    axes[0][0].invert_yaxis()  # all share it
     figure.supxlabel(
         f"change of the perplexity, %, with its {100 * CONFIDENCE:.0f} % interval "
         "(linear inside the limit, shaded; logarithmic outside)",
