@@ -1,4 +1,4 @@
-"""The change of basis of one product, and the paper's identity for a bare matrix product.
+"""The change of basis of one product.
 
     K = x W + b,  W [E, D] per head.   Basis rows B, the rest R.   S = [ W_B ; Nᵀ ]  [D, D]
     K' = K S⁻¹ = [x_B | 0] + x_R C + b S⁻¹,    C = W_R S⁻¹  [E - r, D]
@@ -119,37 +119,6 @@ def turn_vectors(
     return vectors.double() @ turn[groups]
 
 
-def decompose_product_rows(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """P = A B recovered from r of its rows: P = C P_B, with P_B = A_B B [r, n] and C [m, r].
-
-    ``a`` [m, r], ``b`` [r, n], ``rows`` [r]; C is the identity on ``rows``. Returns (P_B, C), both
-    float64. The paper's row-based BD identity (arXiv 2510.01718): r (m + n - r) numbers hold what
-    the factors hold in r (m + n).
-
-    Raises:
-        ValueError: the rows of ``a`` are linearly dependent or not r in number.
-    """
-    a, b = a.double(), b.double()
-    _check_product(a, rows)
-    coefficients, info = torch.linalg.solve_ex(a[rows], a, left=False)
-    if info:
-        raise ValueError(
-            f"rows {rows.tolist()} of the product are linearly dependent: choose others "
-            "(choose_basis with strategy 'pivot')"
-        )
-    coefficients[rows] = torch.eye(len(rows), dtype=a.dtype, device=a.device)
-    return a[rows] @ b, coefficients
-
-
-def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """P = A B recovered from r of its columns: P = P_B C, with P_B = A B_B [m, r] and C [r, n].
-
-    The column-based counterpart of ``decompose_product_rows``; the same shapes and errors.
-    """
-    basis, coefficients = decompose_product_rows(b.T, a.T, columns)
-    return basis.T, coefficients.T
-
-
 def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
     """S [G, D, D]: the basis rows W_B and scaled null-space directions under them.
 
@@ -178,13 +147,6 @@ def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor,
     # A direction's sign is free; fix it, so that equal weights always give equal results.
     signs = torch.gather(null, 2, null.abs().argmax(-1, keepdim=True)).sign()
     return torch.cat([top, null * signs * scale[:, None, None]], 1), condition
-
-
-def _check_product(a: Tensor, rows: Tensor) -> None:
-    if len(rows) != a.shape[1]:
-        raise ValueError(
-            f"{len(rows)} rows for a product of inner size {a.shape[1]}: expected as many rows"
-        )
 
 
 def _check(heads: Tensor, rows: Tensor, bias: Tensor | None) -> None:

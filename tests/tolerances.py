@@ -105,3 +105,14 @@ INVISIBLE = 1e-9
 """Relative change of a module's outputs below which a change of basis inserted by hand is called
 invisible. The rounding of float64 leaves about 1e-14 times the condition of a random 2 × 2 matrix,
 below 1e-12; a real dependence leaves far more than 1e-6."""
+
+
+FLOAT64_SECOND_MOMENT = 1e-6
+"""Relative error of what pruning costs for inputs of a given second moment. Those of the tests span
+10⁴ in size, 10⁸ in M, and the cost is made of the small ones: n eps 10⁸ = 5e-7 at n = 23."""
+
+PRUNED_NOISE = 3.0
+"""Rounding error of basis and coefficients over that of two low-rank factors, pivoted rows. Each
+element of C_i P_B takes in the roundings of r coefficients and of r elements of P_B, each scaled by
+the other: about √2 ‖c_i‖ times that of one row. Pivoted rows keep ‖c_i‖² near r (m - r) / (m r) < 2
+at best; 1.93 measured in each dtype."""
