@@ -23,6 +23,9 @@ RANK_TOLERANCE = 1e-13
 zero. The rounding of a product in float64 leaves eps × √n = 5e-15 at n = 512 where a zero should
 be; anything larger is data, however badly conditioned, and ``residual`` shows what it costs."""
 
+SMALLEST = torch.finfo(torch.float64).tiny
+"""A singular value below has no inverse in float64."""
+
 
 @dataclass(frozen=True)
 class ChangeOfBasis:
@@ -43,7 +46,8 @@ class ChangeOfBasis:
     condition: float
     """Largest 2-norm condition of any S_g, over its nonzero singular values."""
     residual: float
-    """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius)."""
+    """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius); inf where
+    S⁻¹ overflows."""
 
 
 def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> ChangeOfBasis:
@@ -70,7 +74,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
         below = torch.cat([below, bias.unsqueeze(1)], 1)
     s = _complete(heads, rows, bias)[0]
     sizes = torch.linalg.svdvals(s)
-    floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(SMALLEST)
     nonzero = sizes > floor
     smallest = torch.where(nonzero, sizes, torch.inf).amin(-1)
     condition = torch.where(nonzero.any(-1), sizes[:, 0] / smallest, 1.0)
@@ -81,11 +85,9 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
     if singular.any():
         s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
         solved[singular] = below[singular] @ s_inv[singular]
-    missing = torch.baddbmm(below, solved, s, alpha=-1).norm(dim=(1, 2))
-    scale = heads.norm(dim=(1, 2))
-    if bias is not None:
-        scale = scale.hypot(bias.norm(dim=1))
-    scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
+    missing = torch.baddbmm(below, solved, s, alpha=-1)
+    residual = _relative_norms(missing, torch.cat([below, heads[:, rows]], 1))
+    residual = torch.where(s_inv.isfinite().flatten(1).all(1), residual, torch.inf)
     return ChangeOfBasis(
         rows=rows,
         rest=rest,
@@ -94,7 +96,7 @@ def change_basis(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> Cha
         coefficients=solved[:, : len(rest)],
         bias=None if bias is None else solved[:, -1],
         condition=float(condition.max()),
-        residual=float((missing / scale).max()),
+        residual=float(residual.max()),
     )
 
 
@@ -119,6 +121,16 @@ def turn_vectors(
     return vectors.double() @ turn[groups]
 
 
+def _relative_norms(error: Tensor, whole: Tensor) -> Tensor:
+    """‖error‖ / ‖whole‖ of each head, [G]; inf where the error is not a number.
+
+    Both are scaled by the head's largest element first, or squares of small ones would vanish.
+    """
+    largest = whole.abs().amax((1, 2), keepdim=True).clamp_min(SMALLEST)
+    norms = [(part / largest).norm(dim=(1, 2)) for part in (error, whole)]
+    return (norms[0] / norms[1].clamp_min(SMALLEST)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
 def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
     """S [G, D, D]: the basis rows W_B and scaled null-space directions under them.
 
@@ -128,7 +140,7 @@ def _complete(heads: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[Tensor,
     r, d = top.shape[1:]
     sizes = torch.linalg.svdvals(top)
     largest = heads.norm(dim=(1, 2))
-    lacking = sizes[:, -1] <= RANK_TOLERANCE * largest
+    lacking = sizes[:, -1] <= (RANK_TOLERANCE * largest).clamp_min(SMALLEST)
     condition = float(torch.where(lacking, torch.inf, sizes[:, 0] / sizes[:, -1]).max())
     if r == d:
         return top, condition

@@ -9,6 +9,7 @@ from torch import Tensor
 from bda_fx.passes.change_basis import (
     ChangeOfBasis,
     change_basis,
+    complete_basis,
     turn_vectors,
 )
 from bda_fx.passes.choose_basis import STRATEGIES, choose_basis
@@ -195,6 +196,24 @@ def test_residual_tells_when_the_basis_misses_a_direction():
     spoiled[0, 3, 2] *= 1 + 1e-3
     off = (spoiled @ good.s - heads[:, good.rest]).norm() / heads.norm()
     assert float(off) > identity(good.condition)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-200, 1e-300])
+def test_a_residual_does_not_vanish_with_the_weights(scale):
+    heads = randn(2, 20, 8, seed=0)
+    heads[1, 1] = heads[1, 0]
+    expected = change_basis(heads, torch.arange(8)).residual
+    small = change_basis(scale * heads, torch.arange(8))
+    assert small.residual == pytest.approx(expected, rel=identity(small.condition))
+    good = change_basis(scale * heads, torch.arange(1, 9))
+    assert good.residual <= identity(good.condition)
+
+
+def test_weights_without_an_inverse_are_no_change_of_basis():
+    """1 / 1e-310 is inf in float64."""
+    heads = 1e-310 * randn(2, 20, 8, seed=0)
+    assert change_basis(heads, torch.arange(8)).residual == float("inf")
+    assert complete_basis(heads, torch.arange(8))[1] == float("inf")
 
 
 def test_a_nonfinite_head_is_named():
