@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def write(
 ) -> None:
     """Print ``text`` and write it, ``record`` and what ``draw`` puts on a matplotlib ``Figure``."""
     print(text, flush=True)
-    numbers = json.dumps(record, indent=1) + "\n"
+    numbers = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
     picture = None if draw is None else svg(draw)
     if quick:
         return
@@ -84,3 +85,12 @@ def svg(draw: Callable[[Any], None]) -> str:
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no inf and no nan: they become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
