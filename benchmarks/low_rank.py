@@ -80,7 +80,8 @@ def measure(weight: Tensor, rank: int, moment: Tensor | None) -> dict[str, dict[
     m = len(weight)
     rows: dict[str, dict[str, float]] = {}
     forms = {s: prune_low_rank(weight, rank, s, moment) for s in STRATEGIES}
-    exact = forms["pivot"].dense()
+    span = torch.linalg.svd(forms["pivot"].dense(), full_matrices=False)[0][:, :rank]
+    exact = span @ (span.T @ weight)  # P = A Aᵀ W, by no form's own arithmetic
     u, sizes, vh = torch.linalg.svd(exact, full_matrices=False)
     root = sizes[:rank].sqrt()
     factors = u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
@@ -114,7 +115,7 @@ def summarise(weights: list[tuple[Tensor, Tensor | None]], rank: int) -> list[di
         row: dict[str, Any] = {"form": form, "rank": rank, "numbers": numbers}
         row["of_dense"] = numbers / (m * n)
         for key in measured[0][form]:
-            row[key] = statistics.geometric_mean(max(one[form][key], 1e-300) for one in measured)
+            row[key] = statistics.geometric_mean(one[form][key] for one in measured)
         found.append(row)
     return found
 
