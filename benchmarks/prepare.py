@@ -5,8 +5,8 @@
 Random bfloat16 weights in the shapes of MLA layers: K with its queries, V with its output
 projection (W [H, E, D], partner U [H, n, D]). Timed, from these weights to those that a layer
 stores, rounded to bfloat16, per layer (K and V), medians of rounds in which every procedure takes
-its turn. ``procedures.py`` says what each does: "paper" is the procedure as published, "paper, lean"
-the same with nothing done twice, the others are ours by strategy and r.
+its turn. ``procedures.py`` says what each does: "paper" is the procedure as published, "paper,
+lean" the same with nothing done twice, the others are ours by strategy and r.
 
 Peak memory is what a process of its own gains at most over the weights while it prepares one
 projection after the other (``ru_maxrss`` against the resident size before). Growth: exponents of E,
@@ -236,7 +236,7 @@ def growth_table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any]) -> Callable[[Any], None]:
     def onto(figure: Any) -> None:
         figure.set_size_inches(10, 5.5)
-        axes = figure.subplots(2, len(found))
+        axes = figure.subplots(2, len(found), squeeze=False)
         keys = (("seconds", "s"), ("peak_mib", "peak MiB"))
         for line, (key, label) in zip(axes, keys, strict=True):
             for ax, dimension in zip(line, found, strict=True):
@@ -287,7 +287,7 @@ def main() -> None:
             )
         layers[model] = rows
         print(layer_table(rows), file=sys.stderr, flush=True)
-    sizes = {d: values[:2] for d, values in GROWTH.items()} if quick else GROWTH
+    sizes = {"heads": (2, 4)} if quick else GROWTH
     grown = growth(SMALL if quick else V2_LITE, sizes, 1 if quick else 3)
     depth = 2 if quick else LAYERS
     model_seconds = {
