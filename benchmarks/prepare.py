@@ -4,7 +4,8 @@
 
 Random bfloat16 weights in the shapes of MLA layers: K with its queries, V with its output
 projection (W [H, E, D], partner U [H, n, D]). Timed, from these weights to those that a layer
-stores, rounded to bfloat16, per layer (K and V), medians of rounds in which every procedure takes
+stores, rounded to bfloat16, per layer (K and V), on one thread and in seconds of CPU, as other work
+shares the machine; medians of three rounds (of one for DeepSeek-V3) in which every procedure takes
 its turn. ``procedures.py`` says what each does: "paper" is the procedure as published, "paper,
 lean" the same with nothing done twice, the others are ours by strategy and r.
 
@@ -137,15 +138,10 @@ def whole_model(projection: Projection, layers: int, name: str, workers: int) ->
     """Seconds for K and V of all layers, ``workers`` projections at a time, on one thread each;
     and of CPU, which other work on the machine does not lengthen."""
     weights = [projection.weights(seed) for seed in range(2 * layers)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        start, cpu = time.perf_counter(), time.process_time()
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda pair: PROCEDURES[name](*pair), weights))
-        return {"all": time.perf_counter() - start, "CPU": time.process_time() - cpu}
-    finally:
-        torch.set_num_threads(threads)
+    start, cpu = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda pair: PROCEDURES[name](*pair), weights))
+    return {"all": time.perf_counter() - start, "CPU": time.process_time() - cpu}
 
 
 def rewrite_steps(layers: int, quick: bool) -> dict[str, float]:
@@ -260,6 +256,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, once; writes nothing")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     if chosen.peak:
         name, shapes = chosen.peak
         print(measure_peak(name, [Projection(**shape) for shape in json.loads(shapes)]))
@@ -270,7 +267,7 @@ def main() -> None:
     times_of((SMALL,), names, 1)  # starts the thread pool
     layers = {}
     for model, projections in models.items():
-        times = times_of(projections, names, 1 if quick else 3)
+        times = times_of(projections, names, 3 if model == "DeepSeek-V2-Lite" else 1)
         rows = []
         for name in names:
             noise, worst = noise_of(projections[0], name)
@@ -314,7 +311,7 @@ def main() -> None:
         + ".",
     ]
     found = {
-        "unit": "seconds per layer (K and V), median; MiB",
+        "unit": "CPU seconds per layer (K and V), median; MiB",
         "layers": layers,
         "growth": grown,
         "whole_model_s": model_seconds,
