@@ -1,15 +1,15 @@
 """Estimate what share of a program's rounding noise comes from each site, by one backward pass.
 
-To first order an error δ in the value v of a node moves the output y by J δ. Where every node rounds
-independently, δ = u v ε with ε of variance 1 for each rounding, and the noise of the output is
+To first order an error δ in the value v of a node moves the output y by J δ. Where every node
+rounds independently, δ = u v ε with ε of variance 1 for each rounding, and the output's noise is
 
     E‖Σ_n J_n δ_n‖² = u² Σ_n ρ_n Σ_i v_ni² ‖J_ni‖²,     ‖J_ni‖² = E_z[ (Jᵀz)_ni² ] for white z,
 
 so that one backward pass from a random cotangent z gives what every node adds, and the sum over the
-values that a site rounds (queries and keys; values and attention outputs) over the sum over all nodes
-is the site's share. It is exact for one input up to the sampling of z, which many elements average
-out. ρ_n counts roundings: one a value, and more for sums that are kept in the dtype itself; data
-movement does not round, a cast down does, and nodes of a wider dtype do not count.
+values that a site rounds (queries and keys; values and attention outputs) over the sum over all
+nodes is the site's share. It is exact for one input up to the sampling of z, which many elements
+average out. ρ_n counts roundings: one a value, and more for sums that are kept in the dtype itself;
+data movement does not round, a cast down does, and nodes of a wider dtype do not count.
 
 Inputs are the caller's (``calibration=``), or made up from the program's signature, so that the
 estimate depends on the weights and the program alone.
@@ -43,7 +43,7 @@ have up to 1.9 times the share, all of them together 1.1 times."""
 MOST_OUTPUTS = 4
 """Outputs that are looked at: each takes a backward pass, and the first ones matter."""
 MOST_WORK = 3e10
-"""Multiplications of linears up to which an estimate is made without being asked for: a few seconds."""
+"""Multiplications of linears up to which an estimate is made unasked: a few seconds."""
 
 _MOVEMENT = op_rules.MOVES | op_rules.KEEPS | op_rules.SCATTERS | op_rules.WRITES | op_rules.STORES
 

@@ -1,113 +1,324 @@
-"""Time what preparing one layer costs: basis choice, change of basis and noise prediction.
+"""Time and peak memory of preparing a layer: ours, and the paper's procedure, on the same weights.
 
     python benchmarks/prepare.py [--quick]
 
-Random weights in the shapes of MLA layers (K and V projections, each with its own basis). Prints a
-Markdown table and writes results/prepare.json beside this script: medians in seconds.
+Random bfloat16 weights in the shapes of MLA layers: K with its queries, V with its output
+projection (W [H, E, D], partner U [H, n, D]). Timed, from these weights to those that a layer
+stores, rounded to bfloat16, per layer (K and V), on one thread and in seconds of CPU, as other work
+shares the machine; medians of three rounds (of one for DeepSeek-V3) in which every procedure takes
+its turn. ``procedures.py`` says what each does: "paper" is the procedure as published, "paper,
+lean" the same with nothing done twice, the others are ours by strategy and r.
+
+Peak memory is what a process of its own gains at most over the weights while it prepares one
+projection after the other (``ru_maxrss`` against the resident size before). Growth: exponents of E,
+D and H, fitted to the logarithms of times and peaks around DeepSeek-V2-Lite's K. The whole model:
+27 layers of its shapes with weights of their own, two projections at a time on one thread each; and
+``bda_fx.rewrite`` with default options on the attention of all 27 (export apart), step by step.
+
+Writes results/prepare.{md,json,svg} beside this script.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
+import math
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
+from procedures import PROCEDURES, SEED, STAGES, Projection, Stages, noise_of
 
-from bda_fx.passes.change_basis import change_basis
-from bda_fx.passes.choose_basis import choose_basis
-from bda_fx.passes.predict_noise import PartnerHeads, predict_noise
+import bda_fx
+from bda_fx import api, pipeline
 
-RESULTS = Path(__file__).parent / "results" / "prepare.json"
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One projection: G heads, E input features, D features per head, r basis rows."""
-
-    model: str
-    heads: int
-    in_features: int
-    head_dim: int
-    size: int
-    projections: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """Seconds for all projections of a layer (medians), and the site's predicted noise."""
-
-    case: Case
-    strategy: str
-    choose_s: float
-    change_s: float
-    predict_s: float
-    noise: float
-    worst_head: float
+LAYERS = 27
+V2_LITE = Projection(16, 512, 128, 2048)
+MODELS = {
+    "DeepSeek-V2-Lite": (V2_LITE, V2_LITE),
+    "DeepSeek-V3": (Projection(128, 512, 128, 1536), Projection(128, 512, 128, 7168)),
+}
+SMALL = Projection(4, 64, 16, 96)
+GROWTH = {
+    "in_features": (256, 512, 1024, 2048),
+    "head_dim": (32, 64, 128, 256),
+    "heads": (8, 16, 32, 64),
+}
+LETTERS = {"in_features": "E", "head_dim": "D", "heads": "H"}
+GROWING = ("paper", "paper, lean", "pivot, D")
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    times = []
+def times_of(
+    projections: tuple[Projection, ...], names: tuple[str, ...], repeats: int
+) -> dict[str, Stages]:
+    """Medians for all ``projections`` together; in each round every procedure takes its turn."""
+    weights = [projection.weights(seed) for seed, projection in enumerate(projections)]
+    rounds: dict[str, list[Stages]] = {name: [] for name in names}
     for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        times.append(time.perf_counter() - start)
-    return result, statistics.median(times)
+        for name in names:
+            total: Stages = defaultdict(float)
+            for near, far in weights:
+                for stage, seconds in PROCEDURES[name](near, far).items():
+                    total[stage] += seconds
+            rounds[name].append(total)
+    medians = {}
+    for name, runs in rounds.items():
+        medians[name] = {s: statistics.median(run[s] for run in runs) for s in runs[0]}
+        medians[name]["all"] = statistics.median(sum(run.values()) for run in runs)
+    return medians
 
 
-def measure(case: Case, strategy: str, repeats: int) -> Row:
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (case.heads, case.in_features, case.head_dim)
-    weights = torch.randn(shape, generator=generator)
-    groups = torch.arange(case.heads)
-    partner = PartnerHeads(torch.randn(shape, generator=generator).mT, None, groups)
-    rows, choose_s = timed(lambda: choose_basis(weights, case.size, strategy), repeats)
-    change, change_s = timed(lambda: change_basis(weights, rows), repeats)
-    (noise, worst), predict_s = timed(
-        lambda: predict_noise(weights, None, change, [partner]), repeats
+# -- peak memory, in a process of its own ------------------------------------------------------
+
+
+def gain_of_peak(projections: tuple[Projection, ...], name: str) -> float:
+    """MiB by which a fresh process grows while it prepares the projections."""
+    command = [sys.executable, __file__, "--peak", name]
+    command += [json.dumps([asdict(projection) for projection in projections])]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(output.split()[-1])
+
+
+def measure_peak(name: str, projections: list[Projection]) -> float:
+    PROCEDURES[name](*SMALL.weights())  # libraries load and start their threads
+    weights = [projection.weights() for projection in projections]
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20
+    for near, far in weights:
+        PROCEDURES[name](near, far)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - resident
+
+
+# -- growth ------------------------------------------------------------------------------------
+
+
+def growth(base: Projection, sizes: dict[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
+    """Seconds and peaks along each dimension, and the exponents that fit them."""
+    found: dict[str, Any] = {}
+    for dimension, values in sizes.items():
+        points = [(replace(base, **{dimension: value}),) for value in values]
+        times = [times_of(point, GROWING, repeats) for point in points]
+        found[dimension] = {"sizes": values}
+        for name in GROWING:
+            seconds = [point[name]["all"] for point in times]
+            peaks = [gain_of_peak(point, name) for point in points]
+            found[dimension][name] = {
+                "seconds": seconds,
+                "peak_mib": peaks,
+                "time_exponent": exponent(values, seconds),
+                "peak_exponent": exponent(values, peaks),
+            }
+            print(dimension, name, found[dimension][name], file=sys.stderr, flush=True)
+    return found
+
+
+def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
+    """Slope of log values over log sizes, by least squares."""
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(max(value, 1e-9)) for value in values]
+    ).slope
+
+
+# -- the whole model ---------------------------------------------------------------------------
+
+
+def whole_model(projection: Projection, layers: int, name: str, workers: int) -> Stages:
+    """Seconds for K and V of all layers, ``workers`` projections at a time, on one thread each;
+    and of CPU, which other work on the machine does not lengthen."""
+    weights = [projection.weights(seed) for seed in range(2 * layers)]
+    start, cpu = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda pair: PROCEDURES[name](*pair), weights))
+    return {"all": time.perf_counter() - start, "CPU": time.process_time() - cpu}
+
+
+def rewrite_steps(layers: int, quick: bool) -> dict[str, float]:
+    """Seconds per step of ``bda_fx.rewrite`` on DeepSeek-V2-Lite's attention, after export.
+
+    Feed-forward parts and vocabulary are small, as nothing is done to them.
+    """
+    from transformers import DeepseekV2Config, DeepseekV2Model
+
+    small = {"hidden_size": 64, "kv_lora_rank": 32, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "qk_nope_head_dim": 8, "v_head_dim": 8,
+             "qk_rope_head_dim": 4}  # fmt: skip
+    lite = {"hidden_size": 2048, "kv_lora_rank": 512, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128,
+            "qk_rope_head_dim": 64}  # fmt: skip
+    config = DeepseekV2Config(
+        **(small if quick else lite),
+        q_lora_rank=None,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        intermediate_size=16,
+        vocab_size=64,
+        use_cache=False,
     )
-    layer = [t * case.projections for t in (choose_s, change_s, predict_s)]
-    return Row(case, strategy, *layer, noise, worst)
+    torch.manual_seed(SEED)
+    model = DeepseekV2Model(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        inputs = {"input_ids": torch.arange(8).view(1, 8)}
+        program = torch.export.export(model, (), inputs, strict=False)
+    seconds: dict[str, float] = defaultdict(float)
+    original = pipeline.step
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with original(name):
+            yield
+        seconds[name] += time.perf_counter() - start
+
+    api.step = pipeline.step = timed  # type: ignore[attr-defined]
+    try:
+        start, cpu = time.perf_counter(), time.process_time()
+        rewrite = bda_fx.rewrite(program)
+        seconds["total"] = time.perf_counter() - start
+        seconds["total, CPU"] = time.process_time() - cpu
+    finally:
+        api.step = pipeline.step = original  # type: ignore[attr-defined]
+    assert len(rewrite.report.rewritten) == 2 * layers
+    return dict(seconds)
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+def layer_table(rows: list[dict[str, Any]]) -> str:
+    body = []
+    for row in rows:
+        stages = [f"{row['seconds'][s]:.2f}" if s in row["seconds"] else "–" for s in STAGES]
+        faster = (row["times_faster"], row["times_faster_than_lean"])
+        body.append(
+            [
+                row["procedure"],
+                *stages,
+                f"{row['seconds']['all']:.2f}",
+                *(f"{times:.1f} ×" for times in faster),
+                f"{row['peak_mib']:.0f}",
+                f"{row['noise']:.1f}",
+                f"{row['worst_head']:.1f}",
+            ]
+        )
+    columns = ["procedure", *(f"{stage} s" for stage in STAGES), "layer s", "faster than paper"]
+    columns += ["than lean", "peak MiB", "noise", "worst head"]
+    return record.markdown_table(columns, body)
+
+
+def growth_table(found: dict[str, Any]) -> str:
+    columns = ["procedure", *(f"time ∝ {LETTERS[d]}^" for d in found)]
+    columns += [f"peak ∝ {LETTERS[d]}^" for d in found]
+    body = [
+        [name]
+        + [f"{found[d][name]['time_exponent']:.2f}" for d in found]
+        + [f"{found[d][name]['peak_exponent']:.2f}" for d in found]
+        for name in GROWING
+    ]
+    return record.markdown_table(columns, body)
+
+
+def draw(found: dict[str, Any]) -> Callable[[Any], None]:
+    def onto(figure: Any) -> None:
+        figure.set_size_inches(10, 5.5)
+        axes = figure.subplots(2, len(found), squeeze=False)
+        keys = (("seconds", "s"), ("peak_mib", "peak MiB"))
+        for line, (key, label) in zip(axes, keys, strict=True):
+            for ax, dimension in zip(line, found, strict=True):
+                sizes = found[dimension]["sizes"]
+                for name in GROWING:
+                    ax.loglog(sizes, found[dimension][name][key], marker="o", label=name)
+                ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+                ax.minorticks_off()
+                ax.set_xlabel(LETTERS[dimension])
+                ax.set_ylabel(label)
+                ax.grid(alpha=0.3)
+        axes[0][0].legend()
+
+    return onto
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="pivot on the small layer, once")
-    quick = parser.parse_args().quick
-    models = [("DeepSeek-V2-Lite", 16)] if quick else [("DeepSeek-V2-Lite", 16), ("V3", 128)]
-    strategies = ["pivot"] if quick else ["pivot", "window", "residual-min", "first"]
-    cases = [Case(name, g, 512, 128, size, 2) for name, g in models for size in (128, 112)]
-    choose_basis(torch.randn(2, 64, 16), 16, "pivot")  # starts the thread pool
-    print("| layer (K and V) | r | basis | choose s | change s | predict s | noise | worst head |")
-    print("|---|---|---|---|---|---|---|---|")
-    rows = []
-    for case in cases:
-        for strategy in strategies:
-            row = measure(case, strategy, 1 if quick else 3)
-            rows.append(row)
-            print(
-                f"| {case.model}, {case.heads} × {case.head_dim} of {case.in_features} "
-                f"| {case.size} | {strategy} | {row.choose_s:.2f} | {row.change_s:.2f} "
-                f"| {row.predict_s:.2f} | {row.noise:.2f} | {row.worst_head:.1f} |",
-                flush=True,
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small shapes, once; writes nothing")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    if chosen.peak:
+        name, shapes = chosen.peak
+        print(measure_peak(name, [Projection(**shape) for shape in json.loads(shapes)]))
+        return
+    quick = chosen.quick
+    models = {"small": (SMALL, SMALL)} if quick else MODELS
+    names = tuple(PROCEDURES)
+    times_of((SMALL,), names, 1)  # starts the thread pool
+    layers = {}
+    for model, projections in models.items():
+        times = times_of(projections, names, 3 if model == "DeepSeek-V2-Lite" else 1)
+        rows = []
+        for name in names:
+            noise, worst = noise_of(projections[0], name)
+            rows.append(
+                {
+                    "procedure": name,
+                    "seconds": times[name],
+                    "times_faster": times["paper"]["all"] / times[name]["all"],
+                    "times_faster_than_lean": times["paper, lean"]["all"] / times[name]["all"],
+                    "peak_mib": gain_of_peak(projections, name),
+                    "noise": noise,
+                    "worst_head": worst,
+                }
             )
-    RESULTS.parent.mkdir(exist_ok=True)
-    result = {
-        "device": f"cpu ({platform.machine()}), {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "seed": SEED,
-        "quick": quick,
-        "unit": "seconds per layer (all its projections), median",
-        "rows": [asdict(row) for row in rows],
+        layers[model] = rows
+        print(layer_table(rows), file=sys.stderr, flush=True)
+    sizes = {"heads": (2, 4)} if quick else GROWTH
+    grown = growth(SMALL if quick else V2_LITE, sizes, 1 if quick else 3)
+    depth = 2 if quick else LAYERS
+    model_seconds = {
+        name: whole_model(SMALL if quick else V2_LITE, depth, name, 2)
+        for name in ("first, D", "pivot, D", "pivot, 7/8 D")
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    steps = rewrite_steps(depth, quick)
+    origin = record.provenance(SEED, ("transformers",))
+    parts = [record.heading("prepare.py", origin)]
+    for model, (k, v) in models.items():
+        parts += [
+            f"### {model}'s layer: K and V, {k.heads} heads × {k.head_dim} of {k.in_features}, "
+            f"partners {k.partner} and {v.partner} wide",
+            layer_table(layers[model]),
+        ]
+    parts += ["### Growth around DeepSeek-V2-Lite's K", growth_table(grown)]
+    parts += [
+        f"### The whole model: {depth} layers of DeepSeek-V2-Lite",
+        "Seconds, two projections at a time on one thread each: "
+        + "; ".join(f"{n}: {s['all']:.1f} (CPU {s['CPU']:.1f})" for n, s in model_seconds.items())
+        + ".",
+        "`bda_fx.rewrite` with default options, after export, seconds: "
+        + "; ".join(f"{name}: {value:.1f}" for name, value in steps.items())
+        + ".",
+    ]
+    found = {
+        "unit": "CPU seconds per layer (K and V), median; MiB",
+        "layers": layers,
+        "growth": grown,
+        "whole_model_s": model_seconds,
+        "rewrite_s": steps,
+    }
+    text = "\n\n".join(parts) + "\n"
+    record.write("prepare", text, {**origin, **found}, draw(grown), quick=quick)
 
 
 if __name__ == "__main__":

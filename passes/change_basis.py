@@ -1,4 +1,4 @@
-"""The change of basis of one product, and the paper's identity for a bare matrix product.
+"""The change of basis of one product.
 
     K = x W + b,  W [E, D] per head.   Basis rows B, the rest R.   S = [ W_B ; Nᵀ ]  [D, D]
     K' = K S⁻¹ = [x_B | 0] + x_R C + b S⁻¹,    C = W_R S⁻¹  [E - r, D]
@@ -12,8 +12,8 @@ the second moments of both factors are known they are chosen so that the product
 
 With Nᵀ M the features that have a basis row have the least energy that they can have (K S⁻¹ has no
 part in them that the others could carry), and X *balances* the others: it brings both factors of
-them to one diagonal (so that Σ E[K'²] E[Q'²] is the sum of squares of the product's singular values)
-and then rotates that to be level, which leaves (Σ σ)² / n of Σ σ². Else N is orthonormal.
+them to one diagonal (so that Σ E[K'²] E[Q'²] is the sum of squares of the product's singular
+values) and then rotates that to be level, which leaves (Σ σ)² / n of Σ σ². Else N is orthonormal.
 
 Either is scaled to the mean singular value of W_B. Source: "Accelerating Attention with Basis
 Decomposition", arXiv 2510.01718, which has r = D; smaller r and the completion are ours. Everything
@@ -35,6 +35,8 @@ be; anything larger is data, however badly conditioned, and ``residual`` shows w
 FLATTEST = 1e-6
 """Directions in which a product has less than this share of its largest energy are not balanced any
 further: what they carry is not heard, and S would be badly conditioned."""
+SMALLEST = torch.finfo(torch.float64).tiny
+"""A singular value below has no inverse in float64."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class ChangeOfBasis:
     condition: float
     """Largest 2-norm condition of any S_g, over its nonzero singular values."""
     residual: float
-    """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius)."""
+    """Worst head's relative error of [[I|0]; C; b'] S against [W_B; W_R; b] (Frobenius); inf where
+    S⁻¹ overflows."""
 
 
 def change_basis(
@@ -90,7 +93,7 @@ def change_basis(
         below = torch.cat([below, bias.unsqueeze(1)], 1)
     s = _complete(heads, rows, bias, moments)[0]
     sizes = torch.linalg.svdvals(s)
-    floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(SMALLEST)
     nonzero = sizes > floor
     smallest = torch.where(nonzero, sizes, torch.inf).amin(-1)
     condition = torch.where(nonzero.any(-1), sizes[:, 0] / smallest, 1.0)
@@ -101,11 +104,9 @@ def change_basis(
     if singular.any():
         s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
         solved[singular] = below[singular] @ s_inv[singular]
-    missing = torch.baddbmm(below, solved, s, alpha=-1).norm(dim=(1, 2))
-    scale = heads.norm(dim=(1, 2))
-    if bias is not None:
-        scale = scale.hypot(bias.norm(dim=1))
-    scale = scale.clamp_min(torch.finfo(torch.float64).tiny)
+    missing = torch.baddbmm(below, solved, s, alpha=-1)
+    residual = _relative_norms(missing, torch.cat([below, heads[:, rows]], 1))
+    residual = torch.where(s_inv.isfinite().flatten(1).all(1), residual, torch.inf)
     return ChangeOfBasis(
         rows=rows,
         rest=rest,
@@ -114,7 +115,7 @@ def change_basis(
         coefficients=solved[:, : len(rest)],
         bias=None if bias is None else solved[:, -1],
         condition=float(condition.max()),
-        residual=float((missing / scale).max()),
+        residual=float(residual.max()),
     )
 
 
@@ -144,35 +145,14 @@ def turn_vectors(
     return vectors.double() @ turn[groups]
 
 
-def decompose_product_rows(a: Tensor, b: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """P = A B recovered from r of its rows: P = C P_B, with P_B = A_B B [r, n] and C [m, r].
+def _relative_norms(error: Tensor, whole: Tensor) -> Tensor:
+    """‖error‖ / ‖whole‖ of each head, [G]; inf where the error is not a number.
 
-    ``a`` [m, r], ``b`` [r, n], ``rows`` [r]; C is the identity on ``rows``. Returns (P_B, C), both
-    float64. The paper's row-based BD identity (arXiv 2510.01718): r (m + n - r) numbers hold what
-    the factors hold in r (m + n).
-
-    Raises:
-        ValueError: the rows of ``a`` are linearly dependent or not r in number.
+    Both are scaled by the head's largest element first, or squares of small ones would vanish.
     """
-    a, b = a.double(), b.double()
-    _check_product(a, rows)
-    coefficients, info = torch.linalg.solve_ex(a[rows], a, left=False)
-    if info:
-        raise ValueError(
-            f"rows {rows.tolist()} of the product are linearly dependent: choose others "
-            "(choose_basis with strategy 'pivot')"
-        )
-    coefficients[rows] = torch.eye(len(rows), dtype=a.dtype, device=a.device)
-    return a[rows] @ b, coefficients
-
-
-def decompose_product_columns(a: Tensor, b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """P = A B recovered from r of its columns: P = P_B C, with P_B = A B_B [m, r] and C [r, n].
-
-    The column-based counterpart of ``decompose_product_rows``; the same shapes and errors.
-    """
-    basis, coefficients = decompose_product_rows(b.T, a.T, columns)
-    return basis.T, coefficients.T
+    largest = whole.abs().amax((1, 2), keepdim=True).clamp_min(SMALLEST)
+    norms = [(part / largest).norm(dim=(1, 2)) for part in (error, whole)]
+    return (norms[0] / norms[1].clamp_min(SMALLEST)).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _complete(
@@ -186,7 +166,7 @@ def _complete(
     r, d = top.shape[1:]
     sizes = torch.linalg.svdvals(top)
     largest = heads.norm(dim=(1, 2))
-    lacking = sizes[:, -1] <= RANK_TOLERANCE * largest
+    lacking = sizes[:, -1] <= (RANK_TOLERANCE * largest).clamp_min(SMALLEST)
     condition = float(torch.where(lacking, torch.inf, sizes[:, 0] / sizes[:, -1]).max())
     if r == d:
         return top, condition
@@ -221,8 +201,10 @@ def _balance(null: Tensor, key: Tensor, query: Tensor) -> Tensor:
     eye = torch.eye(null.shape[1], dtype=null.dtype)
     inverse = torch.linalg.inv(torch.where(sound, energy, eye))
     turned = inverse @ met
-    spectrum, axes = torch.linalg.eigh(turned @ query @ turned.mT)
-    floor = FLATTEST * spectrum[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    met_by = turned @ query @ turned.mT
+    sound = sound & met_by.isfinite().all(2).all(1)[:, None, None]
+    spectrum, axes = torch.linalg.eigh(torch.where(sound, met_by, eye))
+    floor = FLATTEST * spectrum[:, -1:].clamp_min(SMALLEST)
     sizes = spectrum.maximum(floor).sqrt()
     rows = _level(_fix_signs(axes.mT) @ turned / sizes.sqrt().unsqueeze(2), sizes)
     length = rows.norm(dim=(1, 2), keepdim=True) / null.shape[1] ** 0.5
@@ -251,13 +233,6 @@ def _level(rows: Tensor, sizes: Tensor) -> Tensor:
         sizes[every, low] = most + least - mean
         sizes[every, high] = mean
     return rows
-
-
-def _check_product(a: Tensor, rows: Tensor) -> None:
-    if len(rows) != a.shape[1]:
-        raise ValueError(
-            f"{len(rows)} rows for a product of inner size {a.shape[1]}: expected as many rows"
-        )
 
 
 def _check(heads: Tensor, rows: Tensor, bias: Tensor | None) -> None:

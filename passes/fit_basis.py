@@ -26,8 +26,8 @@ is below 1e-16 × condition × √E, and a basis that misses part of a head leav
 SURE_CONDITION = 1e3
 """Up to this condition of S the change of basis is exact to 1e-12 without a look at C."""
 EXCHANGES_LOWER_FULL = 1.5
-"""What exchanges usually lower the noise of a greedy basis of D rows by: up to 2.07 times over all K
-and V of MiniLM-L6 and rxnfp, 1.66 on random weights of 1 to 32 heads. With fewer rows by 1.1."""
+"""What exchanges usually lower the noise of a greedy basis of D rows by: up to 2.07 times over all
+K and V of MiniLM-L6 and rxnfp, 1.66 on random weights of 1 to 32 heads. With fewer rows by 1.1."""
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ CHANCE = 1.02
 are two draws, and the ratio of their norms varies by some per cent from input to input."""
 
 USUAL_SHARE = 0.25
-"""Share of a model's rounding noise that all of its sites together are taken to have where it is not
-estimated. Measured: BERTs with real weights 0.06, fifteen other architectures with random weights
-0.01 … 0.2, a single layer with sharp attention 0.2 … 0.4."""
+"""Share of a model's rounding noise that all of its sites together are taken to have where it is
+not estimated. Measured: BERTs with real weights 0.06, fifteen other architectures with random
+weights 0.01 … 0.2, a single layer with sharp attention 0.2 … 0.4."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def plan_sites(
     """Choose a basis for every site of ``found``; ``values`` holds the constants it reads.
 
     ``folds`` says for which K/V weights the gather of x would be free on one common basis.
-    ``shares`` are those of ``found.sites``, for each output of the program. Without them every site is held to the same noise,
-    whatever else the program has: then equal weights are planned alike in every graph.
+    ``shares`` are those of ``found.sites``, for each output of the program. Without them every site
+    is held to the same noise, whatever else the program has: then equal weights are planned alike
+    in every graph.
     """
     folds = folds or {}
     skips = list(found.skips)

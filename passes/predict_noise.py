@@ -1,18 +1,18 @@
 """Predict what a change of basis costs in rounding noise, from the weights alone.
 
-Both factors of a product are rounded, so feature j of each carries noise of its own RMS size, which
+Both factors of a product are rounded, so feature j of each carries noise of its own RMS size, that
 the other factor multiplies. With white inputs E[K_j²] = ‖W[:, j]‖² + b_j² (likewise for Q; for an
 output weight ‖O[j, :]‖²). In units of u² (one rounding of a value of size 1), summed over features,
 
-    original    Σ_j k_j q_j (ρ(E) + ρ(n))                          k = E[K²], q = E[Q²]
-    rewritten   Σ_j κ_j p_j ρ(n)                                   Q' = Q Sᵀ,  κ = E[K'²], p = E[Q'²]
-              + Σ_j c_j p_j ρ(E - r) + Σ_{j<r} κ_j p_j             x_R C, and x_B added to it
+    original    Σ_j k_j q_j (ρ(E) + ρ(n))                          k = E[K²],   q = E[Q²]
+    rewritten   Σ_j κ_j p_j ρ(n)                      Q' = Q Sᵀ,   κ = E[K'²],  p = E[Q'²]
+              + Σ_j c_j p_j ρ(E - r) + Σ_{j<r} κ_j p_j            x_R C, and x_B added to it
               + Σ_j c_j d_j(Q') + Σ_j p_j d_j(K')                  C and U Sᵀ, rounded to weights
 
 where c = κ - 1 in the r features that have x_B added (κ elsewhere), and ρ(m) = 1 + a m for a sum of
 m products: a = 0 where the sum is kept in float32 and rounded once (float16, bfloat16), a > 0 where
-it is kept in the dtype itself. The *noise* of a site is the root of rewritten over original: a ratio
-to the product's own rounding noise, not an absolute error.
+it is kept in the dtype itself. The *noise* of a site is the root of rewritten over original: a
+ratio to the product's own rounding noise, not an absolute error.
 
 d_j is what an error in feature j does to the product. Rounded to nearest it is p_j (or κ_j);
 rounded with feedback (``round_weights``) it is the part of the other factor's feature j that the

@@ -1,16 +1,16 @@
 """Round the two factors of a product to a dtype so that the product, not each factor, is nearest.
 
-After a change of basis the features of K' (and of Q') are correlated, so an error in one feature can
-be made up for in others:
+After a change of basis the features of K' (and of Q') are correlated, so an error in one feature
+can be made up for in others:
 
     K' = x C,   C → Ĉ      minimise Σ_i (ĉ_i - c_i) H (ĉ_i - c_i)ᵀ,   H = E[Q'ᵀ Q']     rows i of C
     Q' = y U Sᵀ            likewise with H = E[K'ᵀ K']
 
 Features are rounded one after the other and each passes its error on to those that follow, by
 their regression on it; what is left of the error is the part that they cannot make up for. This is
-the nearest-plane algorithm of lattices (Babai 1986) on a floating-point grid; in the quantisation of
-networks it is known from OBQ and GPTQ (Frantar et al. 2022). Between the two factors, S is fitted
-once more: Q' = y U T, T = argmin ‖[I; Ĉ] Tᵀ - W‖, takes up most of what Ĉ got wrong.
+the nearest-plane algorithm of lattices (Babai 1986) on a floating-point grid; in the quantisation
+of networks it is known from OBQ and GPTQ (Frantar et al. 2022). Between the two factors, S is
+fitted once more: Q' = y U T, T = argmin ‖[I; Ĉ] Tᵀ - W‖, takes up most of what Ĉ got wrong.
 
 Measured on MiniLM-L6 and rxnfp with their own noise as unit: weight rounding alone 0.9 → 0.4 at
 r = D and 0.6 → 0.3 at 15/16 D, the whole model 1.8 → 1.5 and 1.33 → 1.23 (float16, bfloat16).

@@ -62,8 +62,8 @@ class Choice:
     """Sites that are decided together: one, or those of a linear that share a basis.
 
     ``views`` are the sites from one side and from the other, ``shares`` their shares of the
-    noise of each output, ``steps`` what there is to choose from, ``chosen`` the number of one; ``len(steps)`` is to
-    leave the sites as they are.
+    noise of each output, ``steps`` what there is to choose from, ``chosen`` the number of one;
+    ``len(steps)`` is to leave the sites as they are.
     """
 
     views: Sequence[Sequence[Site]]
@@ -101,7 +101,8 @@ class Choice:
         return self.fits(self.steps[step].view).noise(self.steps[step].size)
 
     def costs(self, step: int) -> list[float]:
-        """Σ share (noise² - 1) over the sites, for each output; 0 where they are left as they are."""
+        """Σ share (noise² - 1) over the sites, for each output; 0 where they are left as they
+        are."""
         outputs = zip(*self.shares, strict=True)
         if step == len(self.steps):
             return [0.0 for _ in outputs]

@@ -1,15 +1,15 @@
 """Spend a noise budget: how far to go at each site so that all together save most within it.
 
-Independent errors add up in squares, so a model whose sites have noise N_s where 1 is the original's
-own, and where the rounding of site s makes the share w_s of the error of an output, is
+Independent errors add up in squares, so a model whose sites have noise N_s (1 is the original's
+own), and where the rounding of site s makes the share w_s of the error of an output, is
 
     sqrt( 1 + Σ_s w_s (N_s² - 1) )
 
 times as noisy there as the original. Each site has a ladder of steps, from what saves most to what
-saves least. The descent starts at the top of each and steps down, over the convex hull of its costs,
-where a multiplication given up buys most noise, until the sum is within the allowance at every output.
-A larger allowance stops earlier on the same way, so it never saves less (with one output; with several
-the way may differ).
+saves least. The descent starts at the top of each and steps down, over the convex hull of its
+costs, where a multiplication given up buys most noise, until the sum is within the allowance at
+every output. A larger allowance stops earlier on the same way, so it never saves less (with one
+output; with several the way may differ).
 """
 
 from __future__ import annotations

@@ -124,3 +124,14 @@ BOOTSTRAP_BIAS = 0.007
 def coverage(trials: int) -> float:
     """Bound on a measured coverage of a 95 % interval: its bias and four binomial deviations."""
     return BOOTSTRAP_BIAS + 4 * (0.95 * 0.05 / trials) ** 0.5
+
+
+FLOAT64_SECOND_MOMENT = 1e-6
+"""Relative error of what pruning costs for inputs of a given second moment. Those of the tests span
+10⁴ in size, 10⁸ in M, and the cost is made of the small ones: n eps 10⁸ = 5e-7 at n = 23."""
+
+PRUNED_NOISE = 2.0
+"""Rounding error of basis and coefficients over that of two low-rank factors, pivoted rows. In
+units of one rounding, a product of factors has √2, the basis' own rows have 1 and a row c P_B of
+the others √2 ‖c‖. At r = m / 4 and a mean ‖c‖² of 4.55, as measured on the weight tested:
+√((¾ · 2 · 4.55 + ¼) / 2) = 1.88; 1.93 measured in each dtype."""
