@@ -106,7 +106,10 @@ class Choice:
         outputs = zip(*self.shares, strict=True)
         if step == len(self.steps):
             return [0.0 for _ in outputs]
-        added = [noise**2 - 1 for noise in self.noise(step)]
+        noises = self.noise(step)
+        if math.inf in noises:
+            return [math.inf for _ in outputs]  # not exact, however small the share
+        added = [noise**2 - 1 for noise in noises]
         return [sum(s * a for s, a in zip(shares, added, strict=True)) for shares in outputs]
 
     @property

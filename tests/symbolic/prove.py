@@ -28,6 +28,7 @@ from bda_fx.options import Options
 from bda_fx.passes import transform_weights as transforming
 from bda_fx.passes.canonicalize import canonicalize_module
 from bda_fx.passes.change_basis import ChangeOfBasis
+from bda_fx.passes.predict_noise import Noise
 from bda_fx.pipeline import transform
 from tests.symbolic.execute import Symbolically
 from tests.symbolic.polynomials import Polynomials
@@ -138,7 +139,7 @@ class Prover:
         return self._run(module, {**inputs, **read})
 
     def complete_freely(
-        self, heads: Tensor, rows: Tensor, bias: Tensor | None = None
+        self, heads: Tensor, rows: Tensor, bias: Tensor | None = None, moments: object = None
     ) -> ChangeOfBasis:
         """``change_basis`` with S = [W_B ; M] for free M: same arguments, same shapes."""
         size, width = len(rows), heads.shape[2]
@@ -169,6 +170,6 @@ def formulas(change: ChangeBasis, turn: Turn) -> Iterator[None]:
     with (
         mock.patch.object(transforming, "change_basis", change),
         mock.patch.object(transforming, "turn_vectors", turn),
-        mock.patch.object(transforming, "predict_noise", return_value=(1.0, 1.0)),
+        mock.patch.object(transforming, "predict_noise", return_value=Noise(1.0, 1.0)),
     ):
         yield
