@@ -178,9 +178,9 @@ class _Spending:
     def limit(self) -> float:
         return self.allowance if self.planning.enforced else math.inf
 
-    def allows(self, costs: Sequence[Sequence[float]]) -> bool:
+    def allows(self, costs: Sequence[Sequence[float]], limit: float) -> bool:
         return all(
-            (max(output) if self.alike else sum(output)) <= self.limit
+            (max(output) if self.alike else sum(output)) <= limit
             for output in zip(*costs, strict=True)
         )
 
@@ -239,7 +239,8 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
 
 
 def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:
-    """Put sites of one weight and size on one basis, where the budget has room for it.
+    """Put sites of one weight and size on one basis, where the budget has room for it, also where
+    it does not decide about sizes.
 
     One basis for K and V means one gather and one GEMM, for about 1.5 times the noise.
     """
@@ -259,7 +260,7 @@ def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:
         together = _on_one_basis(group)
         others = [choice for choice in choices if choice not in group]
         costs = [choice.costs(choice.chosen) for choice in others]
-        if spend.allows([*costs, together.costs(0)]):
+        if spend.allows([*costs, together.costs(0)], spend.allowance):
             choices = [*others, together]
     return choices
 

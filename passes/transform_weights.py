@@ -211,26 +211,35 @@ class _Turned:
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """How the factors of a site turn (``change``), and the decomposed projection in the new basis.
+class _Feedback:
+    """What rounding with feedback needs to know: E[K'ᵀK'], E[Q'ᵀQ'] [G, D, D] and the dtype."""
 
-    ``coefficients`` [G, E - r, D] and ``bias`` [G, D], rounded with feedback if ``dtype`` is set;
-    then the others are rounded so too, by the Hessians ``key`` and ``query`` [G, D, D].
-    """
+    key: Tensor
+    query: Tensor
+    dtype: torch.dtype
+
+    def round(self, vectors: Tensor, groups: Tensor, *, against: bool) -> Tensor:
+        """Vectors [n, M, D] of the heads ``groups``, by the errors that their products show."""
+        hessian = self.key if against else self.query
+        return round_with_feedback(vectors, hessian[groups], self.dtype)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """How the factors of a site turn (``change``), and the decomposed projection in the new basis:
+    ``coefficients`` [G, E - r, D] and ``bias`` [G, D]. All are rounded if ``feedback`` is set."""
 
     change: ChangeOfBasis
     coefficients: Tensor
     bias: Tensor | None
-    key: Tensor
-    query: Tensor
-    dtype: torch.dtype | None
+    feedback: _Feedback | None = None
 
     def turn(self, vectors: Tensor, groups: Tensor, *, against: bool) -> Tensor:
         """``vectors`` [n, M, D] of the heads ``groups`` [n], against the decomposed or along."""
         moved = turn_vectors(vectors, self.change, groups, against=against)
-        if self.dtype is None:
+        if self.feedback is None:
             return moved
-        return round_with_feedback(moved, (self.key if against else self.query)[groups], self.dtype)
+        return self.feedback.round(moved, groups, against=against)
 
 
 def _factors(
@@ -238,10 +247,11 @@ def _factors(
 ) -> _Factors:
     """Coefficients in the new basis; where they are rounded with feedback, S is fitted once more,
     so that the other factor makes up for what they lack."""
+    if not keeps_sums_wide(dtype):
+        return _Factors(change, change.coefficients, change.bias)
     key = change.s_inv.mT @ moments.key @ change.s_inv
     query = change.s @ moments.query @ change.s.mT
-    if not keeps_sums_wide(dtype):
-        return _Factors(change, change.coefficients, change.bias, key, query, None)
+    feedback = _Feedback(key, query, dtype)
     below, old = (
         [change.coefficients],
         [weights.heads[:, change.rows], weights.heads[:, change.rest]],
@@ -249,18 +259,18 @@ def _factors(
     if change.bias is not None and weights.bias is not None:
         below.append(change.bias.unsqueeze(1))
         old.append(weights.bias.unsqueeze(1))
-    rounded = round_with_feedback(torch.cat(below, 1), query, dtype)
-    count, every = len(change.rest), torch.arange(len(rounded))
+    count, every = len(change.rest), torch.arange(len(change.s))
+    rounded = feedback.round(torch.cat(below, 1), every, against=False)
     identity = torch.eye(rounded.shape[2], dtype=rounded.dtype)[: len(change.rows)]
     new = torch.cat([identity.expand(len(rounded), -1, -1), rounded], 1)
     pairs = [(new, torch.cat(old, 1), every)]
     for fellow in weights.fellows:
         vectors, groups = fellow.weight.mT, fellow.groups
         along = turn_vectors(vectors, change, groups, against=False)
-        pairs.append((round_with_feedback(along, query[groups], dtype), vectors, groups))
+        pairs.append((feedback.round(along, groups, against=False), vectors, groups))
     fitted = replace(change, s=refit(pairs, change.s))
     bias = None if change.bias is None else rounded[:, count]
-    return _Factors(fitted, rounded[:, :count], bias, key, query, dtype)
+    return _Factors(fitted, rounded[:, :count], bias, feedback)
 
 
 def _turn(site: Site, factors: _Factors, values: Mapping[str, Tensor], turned: _Turned) -> None:

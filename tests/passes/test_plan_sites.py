@@ -10,7 +10,7 @@ from torch import nn
 
 from bda_fx.passes.find_folds import find_folds
 from bda_fx.passes.find_sites import find_sites
-from bda_fx.passes.plan_sites import LADDER, Planning, plan_sites
+from bda_fx.passes.plan_sites import CHANCE, LADDER, USUAL_SHARE, Planning, plan_sites
 from bda_fx.passes.read_weights import constants_of, extract_constants
 from bda_fx.passes.sites import Plan, Reason
 from tests.passes.test_find_folds import Latent
@@ -29,11 +29,12 @@ def plan(model: nn.Module, **options: Any) -> Plan:
 def test_auto_takes_the_largest_size_within_the_budget() -> None:
     model = Attention(head_dim=16, embed=48)
     by_size = {size: plan(model, basis_size=size).sites[0].noise for size in LADDER}
-    budget = by_size[LADDER[2]] * 1.0001
-    expected = max(size for size in LADDER if by_size[size] <= budget)
+    limit = by_size[LADDER[4]] * 1.0001
+    budget = CHANCE * (1 + USUAL_SHARE * (limit**2 - 1)) ** 0.5
+    expected = max(size for size in LADDER if by_size[size] <= limit)
     chosen = plan(model, noise_budget=budget).sites[0]
     assert chosen.size == int(16 * expected)
-    assert chosen.noise <= budget
+    assert chosen.noise <= limit
 
 
 def test_a_larger_budget_never_saves_less() -> None:
@@ -47,12 +48,12 @@ def test_a_larger_budget_never_saves_less() -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [("full", D), (0.5, D // 2), (1e-6, 1)])
 def test_an_explicit_size_is_taken_whatever_the_budget(size: Any, expected: int) -> None:
-    sites = plan(Attention(), basis_size=size, noise_budget=1e-9).sites
+    sites = plan(Attention(), basis_size=size, noise_budget=1.0).sites
     assert [site.size for site in sites] == [expected, expected]
 
 
 def test_a_budget_that_nothing_meets_says_how_close_it_came() -> None:
-    skips = plan(Attention(), noise_budget=1e-9).skips
+    skips = plan(Attention(), noise_budget=1.0).skips
     assert {skip.reason for skip in skips} == {Reason.TOO_NOISY}
     assert all("at best" in skip.detail for skip in skips)
 
@@ -78,7 +79,7 @@ def test_separate_linears_have_bases_of_their_own() -> None:
 
 def test_one_linear_shares_a_basis_only_within_the_budget() -> None:
     quiet = plan(FusedAttention(), basis_size="full", noise_budget=1e9)
-    noisy = plan(FusedAttention(), basis_size="full", noise_budget=1e-9)
+    noisy = plan(FusedAttention(), basis_size="full", noise_budget=1.0)
     assert len({site.basis for site in quiet.sites}) == 1
     assert len({site.basis for site in noisy.sites}) == 2
 

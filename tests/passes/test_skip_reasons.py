@@ -178,7 +178,7 @@ def rank_deficient() -> Any:
 
 @case(Reason.TOO_NOISY)
 def too_noisy() -> Any:
-    return Attention(), "qk", {"basis_size": "auto", "noise_budget": 1e-3}
+    return Attention(), "qk", {"basis_size": "auto", "noise_budget": 1.0}
 
 
 @case(Reason.NOT_REQUESTED)

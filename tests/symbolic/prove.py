@@ -170,6 +170,7 @@ def formulas(change: ChangeBasis, turn: Turn) -> Iterator[None]:
     with (
         mock.patch.object(transforming, "change_basis", change),
         mock.patch.object(transforming, "turn_vectors", turn),
+        mock.patch.object(transforming, "moments_of"),
         mock.patch.object(transforming, "predict_noise", return_value=Noise(1.0, 1.0)),
     ):
         yield

@@ -61,7 +61,9 @@ def wrong_change(
     """The change of basis of the proof, altered."""
 
     def wrong(proving: Prover) -> dict[str, object]:
-        def change(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> ChangeOfBasis:
+        def change(
+            heads: Tensor, rows: Tensor, bias: Tensor | None = None, moments: object = None
+        ) -> ChangeOfBasis:
             return alter(proving.complete_freely(heads, rows, bias))
 
         return {"change": change}
@@ -92,7 +94,9 @@ def test_a_basis_in_the_wrong_order_fails(form: str) -> None:
     """S, C and b' are those of the rows in reverse; the graph gathers them as they are."""
 
     def wrong(proving: Prover) -> dict[str, object]:
-        def change(heads: Tensor, rows: Tensor, bias: Tensor | None = None) -> ChangeOfBasis:
+        def change(
+            heads: Tensor, rows: Tensor, bias: Tensor | None = None, moments: object = None
+        ) -> ChangeOfBasis:
             return proving.complete_freely(heads, rows.flip(0), bias)
 
         return {"change": change}
