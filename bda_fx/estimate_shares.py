@@ -30,7 +30,7 @@ from bda_fx.generate_inputs import make_tensor
 from bda_fx.passes import op_rules
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.choose_sizes import example_size
-from bda_fx.passes.predict_noise import ACCUMULATION, keeps_sums_wide
+from bda_fx.passes.predict_noise import keeps_sums_wide, partial_roundings
 from bda_fx.passes.sites import OUT, Linear, Site
 
 log = logging.getLogger("bda_fx")
@@ -173,7 +173,7 @@ def _rounded_values(node: fx.Node, value: Tensor) -> float:
             terms = example_size(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
         elif node.target in op_rules.ATTENTION:
             terms = example_size(value.shape[-1])
-    return 1 + ACCUMULATION * terms
+    return 1 + partial_roundings(terms)
 
 
 def _casts_down(node: fx.Node, value: Tensor) -> bool:

@@ -178,11 +178,10 @@ class _Spending:
     def limit(self) -> float:
         return self.allowance if self.planning.enforced else math.inf
 
-    def allows(self, costs: Sequence[Sequence[float]], limit: float) -> bool:
-        return all(
-            (max(output) if self.alike else sum(output)) <= limit
-            for output in zip(*costs, strict=True)
-        )
+    def allows(self, costs: Sequence[Sequence[float]]) -> bool:
+        """Whether these are within the budget, even where it does not decide about sizes."""
+        totals = [max(o) if self.alike else sum(o) for o in zip(*costs, strict=True)]
+        return all(math.isfinite(total) and total <= self.allowance for total in totals)
 
     def choose(self, choices: Sequence[Choice]) -> None:
         for group in [[choice] for choice in choices] if self.alike else [choices]:
@@ -239,8 +238,7 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
 
 
 def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:
-    """Put sites of one weight and size on one basis, where the budget has room for it, also where
-    it does not decide about sizes.
+    """Put sites of one weight and size on one basis, where the budget has room for it.
 
     One basis for K and V means one gather and one GEMM, for about 1.5 times the noise.
     """
@@ -260,7 +258,7 @@ def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:
         together = _on_one_basis(group)
         others = [choice for choice in choices if choice not in group]
         costs = [choice.costs(choice.chosen) for choice in others]
-        if spend.allows([*costs, together.costs(0)], spend.allowance):
+        if spend.allows([*costs, together.costs(0)]):
             choices = [*others, together]
     return choices
 

@@ -101,15 +101,14 @@ class Choice:
         return self.fits(self.steps[step].view).noise(self.steps[step].size)
 
     def costs(self, step: int) -> list[float]:
-        """Σ share (noise² - 1) over the sites, for each output; 0 where they are left as they
-        are."""
+        """Σ share (noise² - 1) over the sites, for each output: 0 where they are left as they are,
+        inf where the step cannot be taken, whatever the shares."""
         outputs = zip(*self.shares, strict=True)
         if step == len(self.steps):
             return [0.0 for _ in outputs]
-        noises = self.noise(step)
-        if math.inf in noises:
-            return [math.inf for _ in outputs]  # not exact, however small the share
-        added = [noise**2 - 1 for noise in noises]
+        added = [noise**2 - 1 for noise in self.noise(step)]
+        if not all(map(math.isfinite, added)):
+            return [math.inf for _ in outputs]
         return [sum(s * a for s, a in zip(shares, added, strict=True)) for shares in outputs]
 
     @property

@@ -8,8 +8,7 @@ own), and where the rounding of site s makes the share w_s of the error of an ou
 times as noisy there as the original. Each site has a ladder of steps, from what saves most to what
 saves least. The descent starts at the top of each and steps down, over the convex hull of its
 costs, where a multiplication given up buys most noise, until the sum is within the allowance at
-every output. A larger allowance stops earlier on the same way, so it never saves less (with one
-output; with several the way may differ).
+every output; what the last step left over is spent on steps back up.
 """
 
 from __future__ import annotations
@@ -38,19 +37,11 @@ class Ladder(Protocol):
 def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
     """The step to take on each ladder; their costs come to at most ``allowance`` (≥ 0) together.
 
-    An infinite allowance takes any step that can be taken.
+    An infinite allowance takes the first step of each ladder that can be taken.
     """
     steps = [0] * len(ladders)
-    while ladders:
-        totals = [
-            sum(costs)
-            for costs in zip(
-                *(ladder.costs(s) for ladder, s in zip(ladders, steps, strict=True)), strict=True
-            )
-        ]
-        output = max(range(len(totals)), key=lambda at: totals[at])
-        if totals[output] <= allowance and not math.isinf(totals[output]):
-            break
+    while not _within(ladders, steps, allowance):
+        output = max(enumerate(_totals(ladders, steps)), key=lambda pair: pair[1])[0]
         moves = [
             (_gain(ladder, step, below, output), -at, -below)
             for at, (ladder, step) in enumerate(zip(ladders, steps, strict=True))
@@ -58,7 +49,22 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
         ]
         _, at, below = max(moves)
         steps[-at] = -below
+    for at, step in enumerate(steps):  # what the last move left over
+        for above in range(step):
+            if _within(ladders, [*steps[:at], above, *steps[at + 1 :]], allowance):
+                steps[at] = above
+                break
     return steps
+
+
+def _totals(ladders: Sequence[Ladder], steps: Sequence[int]) -> list[float]:
+    """Σ costs for each output."""
+    costs = [ladder.costs(step) for ladder, step in zip(ladders, steps, strict=True)]
+    return [sum(output) for output in zip(*costs, strict=True)]
+
+
+def _within(ladders: Sequence[Ladder], steps: Sequence[int], allowance: float) -> bool:
+    return all(math.isfinite(total) and total <= allowance for total in _totals(ladders, steps))
 
 
 def _gain(ladder: Ladder, step: int, below: int, output: int) -> float:

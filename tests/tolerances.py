@@ -22,14 +22,21 @@ EXCHANGE_TO_BEST = 2.0
 useful bound for one-row exchanges; measured on 300 random problems with E ≤ 10 the worst ratio was
 1.82 and the mean 1.04 (√ of it in noise: 1.35 and 1.02)."""
 
-NOISE_PREDICTION = 1.4
-"""Factor between measured and predicted noise of a site with a well-conditioned basis, either way.
-The model counts each factor's rounding once and leaves out the summation's (see predict_noise:
-0.73 … 1.12 measured, 1 / 0.73 = 1.37)."""
+PARTIAL_ROUNDINGS = 1.6
+"""Factor between the rounding of partial sums in float32 and ``partial_roundings``, either way: how
+a GEMM cuts a sum into runs is its own affair. Two runs of half of ``RUN`` + 1 would give a ratio of
+1/2; 0.67 (256 terms) … 1.09 measured with MKL (at 256 there are two runs of 128, 1 / 0.67 = 1.5),
+and some per cent from the sampling."""
 
-NOISE_PREDICTION_EXACT_WEIGHTS = 1.1
-"""The same for QK in bf16, where roundings of factors and weights are all there is: 0.96 … 1.05
-measured over √2 times the prediction, and 1 / √(2 × 200) = 0.05 from the sampling of few tokens."""
+NOISE_PREDICTION: dict[torch.dtype, float] = {
+    torch.float32: PARTIAL_ROUNDINGS**0.5,
+    torch.float16: 1.1,
+    torch.bfloat16: 1.1,
+}
+"""Factor between measured and predicted noise of a site, either way. In float32 the sums of the
+original and of the rewrite may be off by ``PARTIAL_ROUNDINGS`` against each other, of which noise
+is the root: 0.93 … 1.13 measured. Where sums are rounded once, the sampling is left: 0.95 … 1.03
+measured with 200 tokens, 1 / √(2 × 200) = 0.05 a norm, twice that."""
 
 
 def identity(condition: float) -> float:
@@ -135,3 +142,28 @@ PRUNED_NOISE = 2.0
 units of one rounding, a product of factors has √2, the basis' own rows have 1 and a row c P_B of
 the others √2 ‖c‖. At r = m / 4 and a mean ‖c‖² of 4.55, as measured on the weight tested:
 √((¾ · 2 · 4.55 + ¼) / 2) = 1.88; 1.93 measured in each dtype."""
+
+FLOAT32_LOSS = 1e-5
+"""Relative error of a quadratic form in float32 over some thousand errors: n eps at most along one
+of D = 69 features (4e-6), and sums of positive terms after that."""
+
+FEEDBACK_LOSS = 1.2
+"""Factor between the loss of weights rounded with feedback and u² Σ c d, either way. Few features
+make up most of the loss, and the squares of one's 400 rounding errors add up to within 1 / √(400 /
+3) = 9 % (kurtosis under 4): two deviations. 0.95 … 1.05 measured over 64 heads."""
+
+NOISE_ESTIMATE, NOISE_ESTIMATE_SCALED = 4.0, 2.0
+"""Factor between the noise that ``BasisFits`` estimates and that of the fit, either way: before any
+fit (0.27 … 1.54 measured on K and V of MiniLM-L6 and rxnfp with D to D / 2 rows, worst in bfloat16,
+as the angles know nothing of biases nor of how loud a head is), and scaled to a fit of 7/8 D (0.65
+… 1.5)."""
+
+BALANCED_ENERGY = 1.2
+"""Most of the orthonormal completion's energy that a head may have with the balanced one. The basis
+features come first and the others make the best of what is left, which is not the least sum of all:
+1.16 at worst and 0.001 at best over 2,400 random heads (worst with one or two spare directions)."""
+
+SAMPLED_SHARE = 0.15
+"""Relative error of a share that is estimated from one random cotangent: the mean of (Jᵀz)² over at
+least 800 values, squares that vary by √2 of their mean and count by their energy (kurtosis 3), is
+within √(2 · 3 / 800) = 8 % a deviation, partly in numerator and denominator alike."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from bda_fx.passes.change_basis import (
+    FLATTEST,
     ChangeOfBasis,
     change_basis,
     complete_basis,
     turn_vectors,
 )
 from bda_fx.passes.choose_basis import STRATEGIES, choose_basis
-from tests.tolerances import FLOAT64_IDENTITY, identity
+from tests.tolerances import BALANCED_ENERGY, FLOAT64_IDENTITY, FLOAT64_SEARCH, identity
 
 # G key/value heads, H query heads, E inputs, D features
 SHAPES = [(1, 1, 12, 8), (3, 3, 37, 16), (2, 6, 23, 7), (1, 4, 40, 8), (2, 2, 8, 8), (2, 4, 6, 9)]
@@ -236,3 +239,133 @@ def test_bad_rows(rows):
 def test_too_many_rows():
     with pytest.raises(ValueError, match=r"9 basis rows for heads with 20 inputs and 8 features"):
         change_basis(randn(3, 20, 8, seed=0), torch.arange(9))
+
+
+def factors_of(seed: int = 0, g: int = 3, e: int = 20, d: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads [G, E, D] and the second moments [G, D, D] of both factors, neither of them white."""
+    scales = torch.logspace(0, -1, d, dtype=torch.float64)
+    heads = randn(g, e, d, seed=seed) * scales @ randn(g, d, d, seed=seed + 1)
+    query = randn(g, 30, d, seed=seed + 2) * scales @ randn(g, d, d, seed=seed + 3)
+    return heads, heads.mT @ heads, query.mT @ query
+
+
+def energies(change: ChangeOfBasis, key: Tensor, query: Tensor) -> Tensor:
+    """E[K'²] E[Q'²] of each feature, [G, D]."""
+    kappa = (change.s_inv.mT @ key @ change.s_inv).diagonal(dim1=1, dim2=2)
+    return kappa * (change.s @ query @ change.s.mT).diagonal(dim1=1, dim2=2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 8])
+def test_balanced_completion(size: int, seed: int) -> None:
+    heads, key, query = factors_of(seed)
+    rows = choose_basis(heads, size, "pivot")
+    plain, change = (change_basis(heads, rows, None, m) for m in (None, (key, query)))
+    assert torch.equal(change.s[:, :size], heads[:, rows])
+    assert change.residual <= identity(change.condition)
+    eye = torch.eye(8, dtype=torch.float64).expand(3, 8, 8)
+    assert float((change.s @ change.s_inv - eye).norm()) <= identity(change.condition)
+    # basis features are x_B and nothing else
+    unit = torch.linalg.solve(change.s, heads[:, rows], left=False)
+    assert float((unit - eye[:, :size]).norm()) <= identity(change.condition)
+    found, before = energies(change, key, query), energies(plain, key, query)
+    assert (found[:, :size] <= before[:, :size] * (1 + FLOAT64_SEARCH)).all()
+    assert (found.sum(1) <= before.sum(1) * BALANCED_ENERGY).all()
+    spare = found[:, size:]
+    if size < 8:
+        expected = spare.mean(1, keepdim=True).expand_as(spare)
+        # A singular value below √FLATTEST of the largest is taken for that.
+        level = spare.shape[1] * FLATTEST**0.5
+        assert spare.flatten().tolist() == pytest.approx(expected.flatten().tolist(), rel=level)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_no_completion_does_better_at_what_is_balanced(size: int) -> None:
+    """Basis features have the least energy at all, the others the least product with these."""
+    heads, key, query = factors_of()
+    change = change_basis(heads, torch.arange(size), None, (key, query))
+    least = energies(change, key, query)
+    for seed in range(100):
+        step = (1.0, 0.1, 0.01)[seed % 3] * randn(3, 8 - size, 8, seed=seed)
+        anything, within = change.s.clone(), change.s.clone()
+        anything[:, size:] += step * anything[:, size:].norm()
+        within[:, size:] += step[:, :, size:] @ within[:, size:]
+        for s in (anything, within):
+            other = energies(replace(change, s=s, s_inv=torch.linalg.inv(s)), key, query)
+            assert (other[:, :size] >= least[:, :size] * (1 - FLOAT64_SEARCH)).all()
+        squares = other[:, size:].sqrt().sum(1), least[:, size:].sqrt().sum(1)
+        assert (squares[0] >= squares[1] * (1 - FLOAT64_SEARCH)).all()
+
+
+def test_spare_features_share_the_singular_values_of_their_product() -> None:
+    """Σ E[K'²] E[Q'²] = (Σ σ)² / n, σ those of K P Qᵀ, where P leaves what basis features lack."""
+    heads, key, query = factors_of()
+    change = change_basis(heads, torch.arange(5), None, (key, query))
+    null = torch.linalg.svd(heads[:, :5]).Vh[:, 5:]
+    met = null @ key
+    rest = met.mT @ torch.linalg.solve(met @ null.mT, met)  # E[(K P)ᵀ K P]
+    squares = torch.linalg.eigvals(rest @ query).real.sort(1).values[:, -3:]
+    expected = squares.sqrt().sum(1).square() / 3
+    got = energies(change, key, query)[:, 5:].sum(1)
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=FLOAT64_SEARCH)
+
+
+@pytest.mark.parametrize("what", ["zero head", "zero query", "rank one query", "low rank head"])
+def test_degenerate_heads_are_balanced_as_far_as_they_can_be(what: str) -> None:
+    heads, key, query = factors_of()
+    if what == "zero head":
+        heads[1] = 0
+    elif what == "zero query":
+        query[1] = 0
+    elif what == "rank one query":
+        query[1] = query[1, :1].mT @ query[1, :1]
+    else:
+        heads[1] = heads[1, :, :3] @ heads[1, :3]
+    key = heads.mT @ heads
+    change = change_basis(heads, torch.arange(5), None, (key, query))
+    assert change.s.isfinite().all()
+    assert change.residual <= identity(change.condition)
+    if what in ("zero head", "low rank head"):
+        plain = change_basis(heads, torch.arange(5))
+        assert torch.equal(change.s[1], plain.s[1])
+    expected = change_basis(*(factors_of()[0], torch.arange(5), None), factors_of()[1:])
+    assert torch.equal(change.s[0], expected.s[0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-100, 1e-160, 1e-300, 1e-310])
+def test_small_heads_are_balanced_or_left_but_finite(scale: float) -> None:
+    heads, _, query = factors_of()
+    heads = scale * heads
+    change = change_basis(heads, torch.arange(5), None, (heads.mT @ heads, query))
+    assert change.s.isfinite().all()
+    if scale > 1e-300:
+        assert change.residual <= identity(change.condition)
+    assert complete_basis(heads, torch.arange(5), None, (heads.mT @ heads, query))[0].equal(
+        change.s
+    )
+
+
+def test_balanced_completion_is_deterministic() -> None:
+    heads, key, query = factors_of()
+    first, second = (
+        change_basis(heads.clone(), torch.arange(5), None, (key.clone(), query.clone()))
+        for _ in range(2)
+    )
+    assert torch.equal(first.s, second.s)
+    assert torch.equal(first.coefficients, second.coefficients)
+
+
+def test_balanced_products_are_unchanged() -> None:
+    heads, key, query = factors_of()
+    bias = randn(3, 8, seed=9)
+    key = key + bias.unsqueeze(2) * bias.unsqueeze(1)
+    change = change_basis(heads, torch.arange(5), bias, (key, query))
+    x = randn(TOKENS, 20, seed=1)
+    u = randn(3, QUERY_WIDTH, 8, seed=3)
+    moved = turn_vectors(u, change, torch.arange(3), against=True)
+    for g in range(3):
+        original = x @ heads[g] + bias[g]
+        size = float(u[g].norm() * original.norm())
+        assert_close(
+            moved[g] @ projected(x, change, g).T, u[g] @ original.T, size, change.condition
+        )

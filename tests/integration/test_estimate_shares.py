@@ -1,0 +1,222 @@
+"""estimate_shares: in closed form, against injected noise, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from bda_fx import estimate_shares as module
+from bda_fx.estimate_shares import CAUTION, estimate_shares
+from bda_fx.evaluate_float64 import Wide
+from bda_fx.passes.canonicalize import Program
+from bda_fx.passes.find_sites import find_sites
+from bda_fx.passes.predict_noise import partial_roundings
+from bda_fx.passes.sites import OUT, Factor, Linear, Site
+from tests import tolerances
+from tests.programs import Attention, B, D, E, H, S, canonical, randn, seeded
+
+TOKENS, WIDTH = 400, 4
+
+
+class TwoLinears(nn.Module):
+    """y = x K + x Q: no attention, but three nodes whose noise can be written down."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.k = nn.Linear(E, WIDTH, bias=False, dtype=dtype)
+        self.q = nn.Linear(E, WIDTH, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k(x) + self.q(x)
+
+
+def linear_of(program: Program, weight: str) -> Linear:
+    node = next(
+        n
+        for n in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        if program.names[n.args[1].name] == f"{weight}.weight"
+    )
+    return Linear(weight, node.args[1].name, (node.name,), (None,), E, WIDTH)
+
+
+def two_linears(dtype: torch.dtype) -> tuple[Program, Site, Site, Tensor]:
+    """The program, a site of half of K and Q's features, one of K's alone, and an input."""
+    model = seeded(TwoLinears(dtype))
+    x = randn(TOKENS, E, seed=5, dtype=dtype)
+    program = canonical(model, x)
+    k, q = linear_of(program, "k"), linear_of(program, "q")
+    both = Site("qk", k, ((0, 1),), (Factor(q, OUT, ((2, 3),), (0,)),), ())
+    return program, both, Site("qk", k, ((0,), (3,)), (), ()), x
+
+
+def flat_inputs(program: Program, *user: Tensor) -> list[Any]:
+    left = iter(user)
+    return [
+        program.tensors[n.name] if n.name in program.tensors else next(left)
+        for n in program.graph.find_nodes(op="placeholder")
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_in_closed_form(dtype: torch.dtype) -> None:
+    """All Jacobians are 1: a share is the site's energy over that of K, Q (ρ each) and the sum."""
+    program, both, alone, x = two_linears(dtype)
+    found = estimate_shares(program, [both, alone], [flat_inputs(program, x)])
+    with torch.no_grad():
+        weights = {program.names[name]: value.double() for name, value in program.tensors.items()}
+        k, q = (x.double() @ weights[f"{name}.weight"].T for name in "kq")
+    rho = 1 + (partial_roundings(E) if dtype == torch.float32 else 0)
+    total = float(rho * (k.square().sum() + q.square().sum()) + (k + q).square().sum())
+    expected = [
+        rho * float(k[:, :2].square().sum() + q[:, 2:].square().sum()) / total,
+        rho * float(k[:, [0, 3]].square().sum()) / total,
+    ]
+    assert found is not None
+    assert [share for (share,) in found] == pytest.approx(expected, rel=tolerances.SAMPLED_SHARE)
+
+
+def shares_of(model: nn.Module, *args: Tensor, given: bool = True) -> list[list[float]] | None:
+    program = canonical(model, *args)
+    sites = find_sites(program).sites
+    return estimate_shares(program, sites, [flat_inputs(program, *args)] if given else None)
+
+
+class _Noisy(Wide):
+    """float64, with relative noise of RMS ``size`` in the values of the nodes that ``rate`` names:
+    for node n, rate(n) is the square root of how many roundings each feature has, or None."""
+
+    def __init__(
+        self, program: Program, rate: Callable[[fx.Node, Tensor], Tensor | None], size: float
+    ) -> None:
+        super().__init__(program.module, torch.float64)
+        self.rate, self.size = rate, size
+        self.random = torch.Generator().manual_seed(7)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "call_function" or not isinstance(value, Tensor):
+            return value
+        rate = self.rate(n, value)
+        if rate is None:
+            return value
+        noise = torch.randn(value.shape, generator=self.random, dtype=torch.float64)
+        return value * (1 + self.size * rate * noise)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "spelled"])
+def test_shares_are_those_of_injected_noise(core: str) -> None:
+    """Noise in what the sites round, over noise in all that is rounded; bfloat16 counts one each."""
+    model = Attention(core=core).to(torch.bfloat16)
+    x = randn(B, 40, E, seed=3, dtype=torch.bfloat16)
+    program = canonical(model, x)
+    sites = find_sites(program).sites
+    flat = flat_inputs(program, x)
+    found = estimate_shares(program, sites, [flat])
+    assert found is not None
+    mine = {name: features for site in sites for name, features, _ in module._reads(site, program)}
+
+    def everywhere(n: fx.Node, value: Tensor) -> Tensor | None:
+        return torch.ones(()) if module._roundings(n) else None
+
+    def at_sites(n: fx.Node, value: Tensor) -> Tensor | None:
+        if n.name not in mine:
+            return None
+        rate = torch.zeros(value.shape[-1], dtype=torch.float64)
+        rate[mine[n.name]] = 1
+        return rate
+
+    def variance(rate: Callable[[fx.Node, Tensor], Tensor | None]) -> float:
+        size = 1e-5  # small enough to be linear, large enough to be far from float64
+        run = _Noisy(program, rate, size)
+        with torch.no_grad():
+            exact = Wide(program.module, torch.float64).run(*flat)[0]
+            return sum(float((run.run(*flat)[0] - exact).square().sum()) for _ in range(20))
+
+    expected = variance(at_sites) / variance(everywhere)
+    assert 0.05 < expected < 1  # negative control: there is something to be measured
+    total = sum(share for (share,) in found)
+    assert total == pytest.approx(expected, rel=tolerances.SAMPLED_SHARE)
+
+
+def test_each_output_has_its_own_shares() -> None:
+    class Two(Attention):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x * 2, super().forward(x) * 3
+
+    shares = shares_of(Two(), randn(B, S, E))
+    assert shares is not None
+    assert {len(site) for site in shares} == {2}  # x * 2 has no linear, but it is computed
+
+
+def test_made_up_inputs_are_always_the_same_and_cautious() -> None:
+    model, x = Attention(), randn(B, 40, E)
+    first, second = (shares_of(model, x, given=False) for _ in range(2))
+    assert first == second
+    given = shares_of(model, x)
+    assert first is not None
+    assert given is not None
+    assert sum(s for (s,) in first) == pytest.approx(
+        CAUTION * sum(s for (s,) in given), rel=2 * tolerances.SAMPLED_SHARE
+    )
+
+
+def test_no_sites_no_shares() -> None:
+    assert estimate_shares(canonical(Attention(), randn(B, S, E)), []) == []
+
+
+def test_a_program_too_large_is_not_run_unasked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = B * S * E * H * D * 4
+    monkeypatch.setattr(module, "MOST_WORK", work)
+    assert shares_of(Attention(), randn(B, S, E), given=False) is not None
+    monkeypatch.setattr(module, "MOST_WORK", work - 1)
+    with caplog.at_level("INFO", "bda_fx"):
+        assert shares_of(Attention(), randn(B, S, E), given=False) is None
+    assert "not estimated, the program is too large" in caplog.text
+    assert shares_of(Attention(), randn(B, S, E)) is not None  # on the caller's inputs, it is asked
+
+
+def test_an_op_without_derivative(caplog: pytest.LogCaptureFixture) -> None:
+    model = Attention(finish=lambda self, out: torch.special.zeta(self.o(out).exp() + 2, out + 3))
+    with caplog.at_level("INFO", "bda_fx"):
+        assert shares_of(model, randn(B, S, E)) is None
+    assert "noise shares are not estimated: " in caplog.text
+
+
+def test_the_global_random_state_stays() -> None:
+    program = canonical(Attention(), randn(B, S, E))
+    sites = find_sites(program).sites
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = estimate_shares(program, sites)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    assert estimate_shares(program, sites) == first
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_caller_s_grad_mode_does_not_matter(mode: Any) -> None:
+    program = canonical(Attention(), randn(B, S, E))
+    sites = find_sites(program).sites
+    expected = estimate_shares(program, sites)
+    assert expected is not None
+    x = randn(B, S, E)
+    on_x = estimate_shares(program, sites, [flat_inputs(program, x)])
+    with mode():
+        assert estimate_shares(program, sites) == expected
+        made_inside = flat_inputs(program, randn(B, S, E))  # inference tensors under inference_mode
+        assert estimate_shares(program, sites, [made_inside]) == on_x
+    assert all(t.grad is None for t in program.tensors.values())
+
+
+def test_a_model_of_inference_tensors() -> None:
+    x = randn(B, S, E)
+    expected = shares_of(Attention(), x)
+    with torch.inference_mode():
+        model = Attention()
+    assert shares_of(model, x) == expected
