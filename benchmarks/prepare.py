@@ -100,7 +100,7 @@ def measure_peak(name: str, projections: list[Projection]) -> float:
 
 
 def _resident_mib(kind: str) -> float:
-    """ "VmRSS" now or "VmHWM" at most, of this process alone: ``ru_maxrss`` of a child begins at
+    """Resident now ("VmRSS") or at most ("VmHWM"). Not ``ru_maxrss``: that of a child begins at
     what its parent has."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{kind}:")[1].split()[0]) / 2**10
