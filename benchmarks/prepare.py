@@ -10,7 +10,7 @@ its turn. ``procedures.py`` says what each does: "paper" is the procedure as pub
 lean" the same with nothing done twice, the others are ours by strategy and r.
 
 Peak memory is what a process of its own gains at most over the weights while it prepares one
-projection after the other (``ru_maxrss`` against the resident size before). Growth: exponents of E,
+projection after the other (peak resident size, Linux's ``VmHWM``). Growth: exponents of E,
 D and H, fitted to the logarithms of times and peaks around DeepSeek-V2-Lite's K. The whole model:
 27 layers of its shapes with weights of their own, two projections at a time on one thread each; and
 ``bda_fx.rewrite`` with default options on the attention of all 27 (export apart), step by step.
@@ -24,8 +24,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,11 +92,18 @@ def gain_of_peak(projections: tuple[Projection, ...], name: str) -> float:
 def measure_peak(name: str, projections: list[Projection]) -> float:
     PROCEDURES[name](*SMALL.weights())  # libraries load and start their threads
     weights = [projection.weights() for projection in projections]
-    page = os.sysconf("SC_PAGE_SIZE")
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
+    before = _resident_mib("VmRSS")
     for near, far in weights:
         PROCEDURES[name](near, far)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - resident
+    return _resident_mib("VmHWM") - before
+
+
+def _resident_mib(kind: str) -> float:
+    """Resident now ("VmRSS") or at most ("VmHWM"). Not ``ru_maxrss``: that of a child begins at
+    what its parent has."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{kind}:")[1].split()[0]) / 2**10
 
 
 # -- growth ------------------------------------------------------------------------------------

@@ -217,12 +217,12 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Callable[[Any], None]:
                 ax.plot(values, range(len(names)), marker="o", linestyle="none", label=label)
             ax.set_xscale("log")
             ax.axvline(1, color="grey", linewidth=0.8)
-            ax.set_xlabel("error of the stored product, fp16, × the original's")
+            ax.set_xlabel("error in fp16, × the original's")
             ax.set_title(title)
             ax.grid(axis="x", alpha=0.3)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
-        axes[1].legend()
+        axes[0].legend(loc="lower right", fontsize=7)
 
     return onto
 
