@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from bda_fx.assemble_program import assemble_program, constant_bytes
+from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program, canonicalize_exported, canonicalize_module
 from bda_fx.pipeline import StepError, find_and_plan, step, transform
@@ -37,6 +38,7 @@ def analyze(
     *,
     dynamic_shapes: Any = None,
     options: Options | Mapping[str, Any] | None = None,
+    calibration: Sequence[Inputs] | None = None,
 ) -> Report:
     """Find and plan every attention product of ``model``; change nothing.
 
@@ -46,6 +48,9 @@ def analyze(
         kwargs: example keyword inputs.
         dynamic_shapes: as in ``torch.export.export``.
         options: :class:`Options` or a dict of them.
+        calibration: typical inputs, each (args, kwargs), on which to estimate how much of the
+            outputs' rounding noise each attention product makes; the more a product makes, the
+            smaller its basis. Without them inputs are made up.
 
     Returns:
         The report; each site says what would be done and what it would save.
@@ -58,7 +63,7 @@ def analyze(
     chosen = Options.of(options)
     _, program = _canonical(model, args, kwargs, dynamic_shapes)
     before = constant_bytes(program.exported)
-    return report_of(find_and_plan(program, chosen), None, before)
+    return report_of(find_and_plan(program, chosen, _flat(program, calibration)), None, before)
 
 
 def rewrite(
@@ -68,6 +73,7 @@ def rewrite(
     *,
     dynamic_shapes: Any = None,
     options: Options | Mapping[str, Any] | None = None,
+    calibration: Sequence[Inputs] | None = None,
 ) -> Rewrite:
     """Rewrite every attention of ``model`` that may be, as an exported program.
 
@@ -77,13 +83,34 @@ def rewrite(
     chosen = Options.of(options)
     original, program = _canonical(model, args, kwargs, dynamic_shapes)
     before = constant_bytes(original)
-    outcome = transform(program, chosen, fixed_rows=True)
+    inputs = _flat(program, calibration)
+    outcome = transform(program, chosen, fixed_rows=True, calibration=inputs)
     if not outcome.plan.sites:
         return Rewrite(original, report_of(outcome.plan, None, before, before))
     with step("assemble program"):
         result = assemble_program(outcome)
     report = report_of(outcome.plan, outcome.tensors, before, constant_bytes(result))
     return Rewrite(result, report)
+
+
+def _flat(program: Program, calibration: Sequence[Inputs] | None) -> list[tuple[Any, ...]] | None:
+    """Calibration inputs as the program's placeholders take them."""
+    if calibration is None:
+        return None
+    assert program.exported is not None
+    flat = []
+    for inputs in calibration:
+        try:
+            args, kwargs = inputs
+            given = program.exported._graph_module_flat_inputs(tuple(args), dict(kwargs))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"calibration is a sequence of (args, kwargs), as the model takes them: {error}"
+            ) from error
+        flat.append(tuple(given))
+    if not flat:
+        raise ValueError("calibration holds no inputs: pass some, or None")
+    return flat
 
 
 def _canonical(

@@ -10,8 +10,9 @@ it; the backend turns that into a fall-back, ``rewrite`` into an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -73,8 +74,21 @@ def step(name: str) -> Iterator[None]:
         raise StepError(name, error) from error
 
 
-def find_and_plan(program: Program, options: Options) -> Plan:
-    """The first half: find the sites of a canonical program and plan them."""
+REUSE = 0.8
+"""Part of the budget's allowance that is spent where one graph will serve modules with other
+weights, which may be noisier on the same sizes."""
+
+
+def find_and_plan(
+    program: Program,
+    options: Options,
+    calibration: Sequence[Sequence[Any]] | None = None,
+    headroom: float = 1.0,
+) -> Plan:
+    """The first half: find the sites of a canonical program and plan them.
+
+    ``calibration``: flat inputs of the program, for the shares of noise; made up if not given.
+    """
     with step("normalize linears"):
         normalize_linears(program)
     with step("find sites"):
@@ -85,7 +99,7 @@ def find_and_plan(program: Program, options: Options) -> Plan:
     with step("estimate shares"):
         # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
         unknown = opaque or options.basis_size != "auto"
-        shares = None if unknown else estimate_shares(program, found.sites)
+        shares = None if unknown else estimate_shares(program, found.sites, calibration)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
         planning = Planning(
@@ -95,16 +109,23 @@ def find_and_plan(program: Program, options: Options) -> Plan:
             options.products,
             side="kv" if opaque and options.side == "auto" else options.side,
             opaque_cache=opaque,
+            headroom=headroom,
         )
         return plan_sites(found, values, planning, folds, shares)
 
 
-def transform(program: Program, options: Options, *, fixed_rows: bool) -> Outcome:
+def transform(
+    program: Program,
+    options: Options,
+    *,
+    fixed_rows: bool,
+    calibration: Sequence[Sequence[Any]] | None = None,
+) -> Outcome:
     """The whole pipeline on a canonical program, in place.
 
     ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
     """
-    plan = find_and_plan(program, options)
+    plan = find_and_plan(program, options, calibration, 1.0 if fixed_rows else REUSE)
     roots = {}
     if options.kv_cache == "opaque":
         roots = {weight: extract_constants(program, [weight]).roots for weight in plan.linears}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +11,17 @@ from torch import Tensor
 
 from bda_fx.passes.count_costs import Layout, count_costs, layouts_of, sizes_of
 from bda_fx.passes.sites import Plan, Site, SitePlan, Skip
+
+
+@dataclass(frozen=True)
+class AlternativeReport:
+    """A basis that was not taken. ``estimated``: its noise is rough, its rows were not sought."""
+
+    side: str
+    basis_size: int
+    noise: float
+    estimated: bool
+    noise_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -23,8 +35,12 @@ class SiteReport:
     ``in_features`` is what the basis is picked from: the projection's inputs, or an output
     projection's outputs.
     ``module``, ``source`` and ``remedy`` say of a skip where it comes from and what can be done.
-    ``noise`` is the predicted amplification of the site's own rounding noise, ``condition`` the
-    2-norm condition of the worst head's change of basis. Fields that do not apply are None.
+    ``noise`` is the predicted amplification of the site's own rounding noise, ``noise_share`` the
+    estimated part of the original's noise that comes from the site (in the output where it is
+    largest; None where it was not estimated), ``condition`` the 2-norm condition of the worst
+    head's change of basis. ``alternatives`` are the other sizes and sides that were weighed:
+    ``noise_ratio`` is what the whole program's would be with that one instead. Fields that do not
+    apply are None.
     """
 
     name: str
@@ -44,6 +60,8 @@ class SiteReport:
     basis_size: int | None = None
     condition: float | None = None
     noise: float | None = None
+    noise_share: float | None = None
+    alternatives: tuple[AlternativeReport, ...] = ()
     params_before: int | None = None
     params_after: int | None = None
     macs_per_token_before: int | None = None
@@ -55,11 +73,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rewrite did or would do. Bytes are those of the program's weights and constants."""
+    """What a rewrite did or would do. Bytes are those of the program's weights and constants.
+
+    ``noise_ratio`` is the predicted noise of the noisiest output over the original's, None where
+    the shares of the sites were not estimated. ``bda_fx.verify`` measures it.
+    """
 
     sites: tuple[SiteReport, ...]
     bytes_before: int | None = None
     bytes_after: int | None = None
+    noise_ratio: float | None = None
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
@@ -77,6 +100,7 @@ class Report:
             "skipped": len(self.skipped),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "noise_ratio": self.noise_ratio,
         }
 
     def to_markdown(self) -> str:
@@ -111,6 +135,8 @@ class Report:
         if before:
             text += f"; their decomposed projections: {before:,} → {after:,} parameters"
             text += f" ({100 * (after - before) / before:+.1f} %)"
+        if self.noise_ratio is not None and self.rewritten:
+            text += f"; predicted noise {self.noise_ratio:.2f} × the original's"
         if self.bytes_before and self.bytes_after:
             text += f"; all weights: {self.bytes_before:,} → {self.bytes_after:,} bytes"
         return text
@@ -141,11 +167,13 @@ def report_of(
 ) -> Report:
     """The report of a plan; ``derived`` tells which index tensors the graph really needs."""
     layouts = layouts_of(plan, derived)
-    sites = [_rewritten(item, layout) for item, layout in zip(plan.sites, layouts, strict=True)]
-    return Report((*sites, *map(_skipped, plan.skips)), bytes_before, bytes_after)
+    sites = [_rewritten(plan, at, layout) for at, layout in enumerate(layouts)]
+    skips = map(_skipped, plan.skips)
+    return Report((*sites, *skips), bytes_before, bytes_after, plan.noise_ratio())
 
 
-def _rewritten(item: SitePlan, layout: Layout) -> SiteReport:
+def _rewritten(plan: Plan, at: int, layout: Layout) -> SiteReport:
+    item = plan.sites[at]
     return replace(
         _describe(item.site),
         status="rewritten",
@@ -153,7 +181,24 @@ def _rewritten(item: SitePlan, layout: Layout) -> SiteReport:
         basis_size=item.size,
         condition=item.condition,
         noise=item.noise,
+        noise_share=None if plan.alike else max(item.shares),
+        alternatives=_alternatives(plan, at),
         **asdict(count_costs(layout, sizes_of(item))),
+    )
+
+
+def _alternatives(plan: Plan, at: int) -> tuple[AlternativeReport, ...]:
+    noises = [item.noise for item in plan.sites]
+    return tuple(
+        AlternativeReport(
+            other.side,
+            other.size,
+            other.noise,
+            other.estimated,
+            plan.noise_ratio([*noises[:at], other.noise, *noises[at + 1 :]]),
+        )
+        for other in plan.sites[at].alternatives
+        if math.isfinite(other.noise)
     )
 
 

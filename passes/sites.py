@@ -284,10 +284,15 @@ class Plan:
     alike: bool = False
     """Whether that holds for every site by itself, as shares are not known."""
 
-    @property
-    def noise_ratio(self) -> float:
-        """Predicted noise of the noisiest output, over the original's."""
-        costs = [item.costs(item.noise) for item in self.sites]
+    def noise_ratio(self, noises: Sequence[float] | None = None) -> float | None:
+        """Predicted noise of the noisiest output over the original's, with these at the sites.
+
+        None where shares are not known.
+        """
+        if self.alike:
+            return None
+        noises = [item.noise for item in self.sites] if noises is None else noises
+        costs = [item.costs(noise) for item, noise in zip(self.sites, noises, strict=True)]
         return math.sqrt(max(0.0, 1 + max(map(sum, zip(*costs, strict=True)), default=0.0)))
 
     def allows(self, noises: Sequence[float]) -> bool:

@@ -8,7 +8,8 @@ own), and where the rounding of site s makes the share w_s of the error of an ou
 times as noisy there as the original. Each site has a ladder of steps, from what saves most to what
 saves least. The descent starts at the top of each and steps down, over the convex hull of its
 costs, where a multiplication given up buys most noise, until the sum is within the allowance at
-every output; what the last step left over is spent on steps back up.
+every output. A larger allowance stops earlier on the same way, so it never saves less (with one
+output; with several the way may differ). A single ladder is descended step by step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
     An infinite allowance takes the first step of each ladder that can be taken.
     """
     steps = [0] * len(ladders)
+    if len(ladders) == 1:
+        while not _within(ladders, steps, allowance):
+            steps[0] += 1
     while not _within(ladders, steps, allowance):
         output = max(enumerate(_totals(ladders, steps)), key=lambda pair: pair[1])[0]
         moves = [
@@ -49,11 +53,6 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
         ]
         _, at, below = max(moves)
         steps[-at] = -below
-    for at, step in enumerate(steps):  # what the last move left over
-        for above in range(step):
-            if _within(ladders, [*steps[:at], above, *steps[at + 1 :]], allowance):
-                steps[at] = above
-                break
     return steps
 
 

@@ -13,7 +13,7 @@ from bda_fx import OptionError, Options
 
 def test_defaults_obey_the_budget() -> None:
     options = Options()
-    assert (options.basis, options.basis_size, options.noise_budget) == ("auto", "auto", 2.0)
+    assert (options.basis, options.basis_size, options.noise_budget) == ("auto", "auto", "auto")
     assert options.products == ("qk", "vo")
     assert options.inner == "inductor"
     assert options.strict is False
@@ -60,9 +60,9 @@ def test_possible_basis_size(value: str | float) -> None:
     assert Options(basis_size=value).basis_size == value
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), True, "2", None])
+@pytest.mark.parametrize("value", [0, -1.0, 0.99, float("nan"), True, "2", None])
 def test_noise_budget(value: object) -> None:
-    text = f"noise_budget is a positive number, got {value!r}"
+    text = f'noise_budget is "auto" or a number from 1.0 on, got {value!r}'
     with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
         Options.of({"noise_budget": value})
 

@@ -145,4 +145,6 @@ def test_a_site_that_is_quieter_makes_room_for_others() -> None:
 
 def test_the_hull_skips_a_step_that_helps_little() -> None:
     """From 10, one down takes away 0.1 and gives up as much as the step to 1.0 gives up each."""
-    assert spend_budget([one([3, 2, 1], [10.0, 9.9, 1.0])], 9.95) == [2]
+    ladders = [one([3, 2, 1], [10.0, 9.9, 1.0]), one([1], [0.0])]
+    assert spend_budget(ladders, 9.95) == [2, 0]
+    assert spend_budget(ladders[:1], 9.95) == [1]  # alone, there is nothing to weigh it against
