@@ -208,6 +208,11 @@ class _Backward(Wide):
             return value.to(self.wider[value.dtype])
         return super().widen(value)
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.copy.default:  # has no derivative of its own
+            return self.widen(args[1]).expand_as(args[0])
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         floating = isinstance(value, Tensor) and value.is_floating_point()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bda_fx.passes.count_costs import Layout, count_costs, layouts_of, sizes_of
-from bda_fx.passes.sites import Plan, Site, SitePlan, Skip
+from bda_fx.passes.sites import Plan, Site, Skip
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def plan_sites(
     allowance = planning.allowance([values[site.linear.weight].dtype for site, _ in wanted])
     spend = _Spending(planning, allowance * planning.headroom, shares is None)
     with _one_thread() as workers:
-        choices = _choices(wanted, values, planning, folds)
+        choices = _choices(wanted, values, planning, folds, shares is None)
         _decide(choices, spend, workers)
         again = [part for choice in choices for part in _second_try(choice, planning)]
         if again != choices:
@@ -194,6 +194,7 @@ def _choices(
     values: Mapping[str, Tensor],
     planning: Planning,
     folds: Mapping[str, Fold],
+    alike: bool,
 ) -> list[Choice]:
     """What is to be chosen: a basis for each site, or one for all of a weight if that is free."""
     groups: dict[object, list[tuple[Site, Sequence[float]]]] = defaultdict(list)
@@ -210,7 +211,14 @@ def _choices(
         shared = len(sites) > 1
         choices.append(
             Choice(
-                views, shares, steps, values, planning.strategy, not planning.opaque_cache, shared
+                views,
+                shares,
+                steps,
+                values,
+                planning.strategy,
+                not planning.opaque_cache,
+                shared,
+                alike,
             )
         )
     return choices
@@ -222,7 +230,7 @@ def _second_try(choice: Choice, planning: Planning) -> list[Choice]:
         return [choice]
     if choice.shared:
         pairs = list(zip(choice.views[0], choice.shares, strict=True))
-        return _choices(pairs, choice.values, planning, {})
+        return _choices(pairs, choice.values, planning, {}, choice.alike)
     every = steps_of(choice.views, planning.sizes)
     return [choice if len(every) == len(choice.steps) else replace(choice, steps=every, chosen=0)]
 
@@ -270,7 +278,7 @@ def _on_one_basis(group: Sequence[Choice]) -> Choice:
     shares = [choice.shares[0] for choice in group]
     step = replace(first.step, view=0)
     together = Choice(
-        [sites], shares, [step], first.values, first.strategy, first.balanced, shared=True
+        [sites], shares, [step], first.values, first.strategy, first.balanced, True, first.alike
     )
     together.settle()
     return together

@@ -73,6 +73,8 @@ class Choice:
     strategy: str
     balanced: bool
     shared: bool = False
+    alike: bool = False
+    """Whether each site is held to the budget by itself."""
     chosen: int = 0
     _fits: dict[int, BasisFits] = field(default_factory=dict)
 
@@ -109,7 +111,8 @@ class Choice:
         added = [noise**2 - 1 for noise in self.noise(step)]
         if not all(map(math.isfinite, added)):
             return [math.inf for _ in outputs]
-        return [sum(s * a for s, a in zip(shares, added, strict=True)) for shares in outputs]
+        total = max if self.alike else sum
+        return [total(s * a for s, a in zip(shares, added, strict=True)) for shares in outputs]
 
     @property
     def settled(self) -> bool:
