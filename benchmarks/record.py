@@ -25,6 +25,7 @@ def provenance(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[
     """Where figures come from: machine, threads, versions (torch's always) and the seed."""
     record: dict[str, Any] = {
         "device": f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("torch", *packages)},

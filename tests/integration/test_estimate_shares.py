@@ -109,7 +109,7 @@ class _Noisy(Wide):
 
 @pytest.mark.parametrize("core", ["sdpa", "spelled"])
 def test_shares_are_those_of_injected_noise(core: str) -> None:
-    """Noise in what the sites round, over noise in all that is rounded; bfloat16 counts one each."""
+    """Noise in what the sites round over noise in all that is rounded, once each in bfloat16."""
     model = Attention(core=core).to(torch.bfloat16)
     x = randn(B, 40, E, seed=3, dtype=torch.bfloat16)
     program = canonical(model, x)
