@@ -167,3 +167,7 @@ SAMPLED_SHARE = 0.15
 """Relative error of a share that is estimated from one random cotangent: the mean of (Jᵀz)² over at
 least 800 values, squares that vary by √2 of their mean and count by their energy (kurtosis 3), is
 within √(2 · 3 / 800) = 8 % a deviation, partly in numerator and denominator alike."""
+
+
+DEFAULT_BUDGET = 1.4
+"""What ``noise_budget="auto"`` promises of a model in float32: its noise over the original's own."""

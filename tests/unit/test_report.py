@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from bda_fx import Report, SiteReport
+from bda_fx import AlternativeReport, Report, SiteReport
 from bda_fx.passes.sites import Factor, Linear, Plan, Reason, Site, SitePlan, Skip
 from bda_fx.report import report_of
 
@@ -50,7 +50,13 @@ def test_dict_goes_through_json_and_back() -> None:
     data = json.loads(json.dumps(REPORT.to_dict()))
     assert data["rewritten"] == data["skipped"] == 1
     sites = [
-        SiteReport(**{**site, "contractions": tuple(site["contractions"])})
+        SiteReport(
+            **{
+                **site,
+                "contractions": tuple(site["contractions"]),
+                "alternatives": tuple(AlternativeReport(**a) for a in site["alternatives"]),
+            }
+        )
         for site in data["sites"]
     ]
     assert Report(tuple(sites), data["bytes_before"], data["bytes_after"]) == REPORT
