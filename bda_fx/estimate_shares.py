@@ -201,7 +201,9 @@ class _Backward(Wide):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
-        return value.detach() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone() if value.is_inference() else value.detach()
 
     def widen(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.dtype in self.wider:

@@ -170,4 +170,4 @@ within √(2 · 3 / 800) = 8 % a deviation, partly in numerator and denominator 
 
 
 DEFAULT_BUDGET = 1.4
-"""What ``noise_budget="auto"`` promises of a model in float32: its noise over the original's own."""
+"""What ``noise_budget="auto"`` promises of a float32 model: its noise over the original's own."""

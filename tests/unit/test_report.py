@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from bda_fx import AlternativeReport, Report, SiteReport
+from bda_fx import Report, SiteReport
 from bda_fx.passes.sites import Factor, Linear, Plan, Reason, Site, SitePlan, Skip
-from bda_fx.report import report_of
+from bda_fx.report import AlternativeReport, report_of
 
 REWRITTEN = SiteReport(
     name="layer.0.key.weight",
