@@ -204,6 +204,8 @@ class _Backward(Wide):
         return value.detach() if isinstance(value, Tensor) else value
 
     def widen(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()  # an inference tensor cannot be kept for a backward pass
         if isinstance(value, Tensor) and value.dtype in self.wider:
             return value.to(self.wider[value.dtype])
         return super().widen(value)
