@@ -206,6 +206,8 @@ class _Backward(Wide):
         return value.clone() if value.is_inference() else value.detach()
 
     def widen(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()  # an inference tensor cannot be kept for a backward pass
         if isinstance(value, Tensor) and value.dtype in self.wider:
             return value.to(self.wider[value.dtype])
         return super().widen(value)

@@ -25,8 +25,8 @@ useful bound for one-row exchanges; measured on 300 random problems with E ≤ 1
 PARTIAL_ROUNDINGS = 1.6
 """Factor between the rounding of partial sums in float32 and ``partial_roundings``, either way: how
 a GEMM cuts a sum into runs is its own affair. Two runs of half of ``RUN`` + 1 would give a ratio of
-1/2; 0.67 (256 terms) … 1.09 measured with MKL (at 256 there are two runs of 128, 1 / 0.67 = 1.5),
-and some per cent from the sampling."""
+1/2; 0.66 (at 256 terms, two runs of 128) … 1.11 measured with MKL, 1 / 0.66 = 1.52, and some per
+cent from the sampling."""
 
 NOISE_PREDICTION: dict[torch.dtype, float] = {
     torch.float32: PARTIAL_ROUNDINGS**0.5,
@@ -155,13 +155,14 @@ make up most of the loss, and the squares of one's 400 rounding errors add up to
 NOISE_ESTIMATE, NOISE_ESTIMATE_SCALED = 4.0, 2.0
 """Factor between the noise that ``BasisFits`` estimates and that of the fit, either way: before any
 fit (0.27 … 1.54 measured on K and V of MiniLM-L6 and rxnfp with D to D / 2 rows, worst in bfloat16,
-as the angles know nothing of biases nor of how loud a head is), and scaled to a fit of 7/8 D (0.65
-… 1.5)."""
+as the angles know nothing of biases nor of how loud a head is), and scaled to a fit of 7/8 D (0.67
+… 1.51, worst at D)."""
 
 BALANCED_ENERGY = 1.2
 """Most of the orthonormal completion's energy that a head may have with the balanced one. The basis
 features come first and the others make the best of what is left, which is not the least sum of all:
-1.16 at worst and 0.001 at best over 2,400 random heads (worst with one or two spare directions)."""
+1.16 at worst and 0.001 at best over 600 random heads at 4 sizes (worst with one or two spare
+directions)."""
 
 SAMPLED_SHARE = 0.15
 """Relative error of a share that is estimated from one random cotangent: the mean of (Jᵀz)² over at

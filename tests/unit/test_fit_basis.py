@@ -14,6 +14,8 @@ from bda_fx.passes.choose_basis import STRATEGIES, BasisSearch, choose_basis
 from bda_fx.passes.fit_basis import MAX_RESIDUAL, BasisFits
 from bda_fx.passes.predict_noise import PartnerHeads, predict_noise
 from bda_fx.passes.read_weights import SiteWeights, moments_of
+from bda_fx.passes.site_choices import Choice, Step
+from bda_fx.passes.spend_budget import spend_budget
 from tests.tolerances import FLOAT64_SEARCH, NOISE_ESTIMATE, NOISE_ESTIMATE_SCALED
 from tests.unit.real_weights import MODELS, projections
 
@@ -141,6 +143,18 @@ def test_a_basis_that_misses_a_direction_is_of_no_use() -> None:
     assert lost.noise(2) == [math.inf]
     assert not lost.fits(2)[0].exact
     assert lost.fits(2)[0].residual > MAX_RESIDUAL
+
+
+def test_a_step_that_cannot_be_taken_costs_inf_whatever_the_share() -> None:
+    """A share of 0 times an infinite noise is no number, and would be compared as one."""
+    weights = site(biased=False)
+    weights.heads[:, :2] = 0
+    choice = Choice([[]], [[0.0, 0.5]], [Step(0, 2, 1.0)], {}, "first", balanced=False)
+    choice._fits[0] = BasisFits([weights], "first", BF16)
+    assert choice.costs(0) == [math.inf, math.inf]
+    assert choice.costs(1) == [0.0, 0.0]
+    for allowance in (0.0, 1.0, math.inf):
+        assert spend_budget([choice], allowance) == [1]
 
 
 def test_sites_that_share_a_basis_are_judged_one_by_one() -> None:
