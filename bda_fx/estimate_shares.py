@@ -18,14 +18,14 @@ estimate depends on the weights and the program alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from bda_fx.evaluate_float64 import Wide
+from bda_fx.evaluate_float64 import Wide, user_outputs
 from bda_fx.generate_inputs import make_tensor
 from bda_fx.passes import op_rules
 from bda_fx.passes.canonicalize import Program, constant_nodes
@@ -104,7 +104,8 @@ def _shares(
     program: Program, sites: Sequence[Site], flat: Sequence[Any], random: torch.Generator
 ) -> list[list[float]]:
     """For one input: each site's share in each output."""
-    reads = [_reads(site, program) for site in sites]
+    nodes = {node.name: node for node in program.graph.nodes}
+    reads = [_reads(site, nodes) for site in sites]
     run = _Backward(program.module, torch.float32)
     run.constants = set(constant_nodes(program))
     run.watched = {name for site in reads for name, _, _ in site}
@@ -124,9 +125,8 @@ def _shares(
     return shares
 
 
-def _reads(site: Site, program: Program) -> list[tuple[str, Tensor, float]]:
+def _reads(site: Site, nodes: Mapping[str, fx.Node]) -> list[tuple[str, Tensor, float]]:
     """What a site rounds: (node, features along its last axis, roundings of each value)."""
-    nodes = {node.name: node for node in program.graph.nodes}
     found = []
     factors: list[tuple[Linear, str, Any]] = [(site.linear, site.axis, site.features)]
     factors += [
@@ -148,10 +148,9 @@ def _reads(site: Site, program: Program) -> list[tuple[str, Tensor, float]]:
 
 def _outputs(program: Program, results: Any) -> list[Tensor]:
     """Floating outputs that the caller sees, each once."""
-    leaves = pytree.tree_leaves(results)
     if program.exported is not None:
-        signature = program.exported.graph_signature
-        leaves = leaves[len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate) :]
+        results = user_outputs(program.exported, results)
+    leaves = pytree.tree_leaves(results)
     seen = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
     return list(seen.values())
 
@@ -201,9 +200,7 @@ class _Backward(Wide):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
-        if not isinstance(value, Tensor):
-            return value
-        return value.clone() if value.is_inference() else value.detach()
+        return value.detach() if isinstance(value, Tensor) else value
 
     def widen(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_inference():

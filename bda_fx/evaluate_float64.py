@@ -8,7 +8,7 @@ they are read, one at a time, so a float64 run needs little more memory than its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,15 @@ def evaluate(
     values = program._graph_module_flat_inputs(tuple(args), dict(kwargs or {}))
     with torch.no_grad():
         results = interpreter.run(*values)
-    mutated = len(program.graph_signature.buffers_to_mutate) + len(
-        program.graph_signature.user_inputs_to_mutate
-    )
-    return [v for v in pytree.tree_leaves(results[mutated:]) if isinstance(v, Tensor)]
+    outputs = pytree.tree_leaves(user_outputs(program, results))
+    return [v for v in outputs if isinstance(v, Tensor)]
+
+
+def user_outputs(program: ExportedProgram, results: Sequence[Any]) -> Sequence[Any]:
+    """What a caller sees of what the graph of ``program`` returns: new values of inputs and buffers
+    come first."""
+    signature = program.graph_signature
+    return results[len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate) :]
 
 
 def float64_peak_bytes(

@@ -31,6 +31,10 @@ from bda_fx.passes.rewrite_graph import rewrite_graph
 from bda_fx.passes.sites import Plan
 from bda_fx.passes.transform_weights import transform_weights
 
+REUSE = 0.8
+"""Part of the budget's allowance that is spent where one graph will serve modules with other
+weights, which may be noisier on the same sizes."""
+
 
 class StepError(RuntimeError):
     """A pipeline step failed. ``step`` is its name; the cause is chained."""
@@ -72,11 +76,6 @@ def step(name: str) -> Iterator[None]:
         if isinstance(error, RestartAnalysis | CacheConflict):
             raise
         raise StepError(name, error) from error
-
-
-REUSE = 0.8
-"""Part of the budget's allowance that is spent where one graph will serve modules with other
-weights, which may be noisier on the same sizes."""
 
 
 def find_and_plan(

@@ -31,7 +31,7 @@ from typing import Any
 
 import record
 import torch
-from reactions import REACTIONS
+from reactions import REACTIONS, tokenised, vocabulary
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -90,28 +90,6 @@ def _sentences(texts: list[str]) -> list[str]:
 def _spread(things: list[str], count: int) -> list[str]:
     """``count`` of them at even distances."""
     return [things[i * len(things) // count] for i in range(min(count, len(things)))]
-
-
-TOKEN = re.compile(r"\[[^\]]+]|Br?|Cl?|[NOSPFI]|[bcnosp]|[|().=#+\\/:~@?*$-]|>>?|%\d{2}|\d")
-"""A token of a reaction SMILES: a bracket atom, an atom, a bond, a ring closure."""
-
-
-def tokenised(reactions: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A padded batch of reactions, and the vocabulary of rxnfp's pretrained model."""
-    directory = package_directory("rxnfp") / "models/transformers/bert_pretrained"
-    number = {t: i for i, t in enumerate((directory / "vocab.txt").read_text().splitlines())}
-    rows = []
-    for reaction in reactions:
-        tokens = TOKEN.findall(reaction)
-        if "".join(tokens) != reaction or not set(tokens) <= set(number):
-            raise ValueError(
-                f"{reaction} has tokens that rxnfp does not know: write it with others"
-            )
-        rows.append([number[t] for t in ("[CLS]", *tokens, "[SEP]")])
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [number["[PAD]"]] * (width - len(row)) for row in rows])
-    mask = (padded != number["[PAD]"]).long()
-    return {"input_ids": padded, "attention_mask": mask}, number
 
 
 def mask(batch: dict[str, Tensor], number: dict[str, int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -284,7 +262,8 @@ def main() -> None:
 
     results = {"embeddings": measure(model, batch, pooled, compare_embeddings, dtypes)}
 
-    plain, number = tokenised(REACTIONS[: 4 if quick else None])
+    number = vocabulary("bert_pretrained")
+    plain = tokenised(REACTIONS[: 4 if quick else None], number)
     masked_batch, masked = mask(plain, number)
     tokens = plain["input_ids"].repeat(MASKS, 1)[masked]
 

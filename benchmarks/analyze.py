@@ -13,7 +13,6 @@ layers of each) it only prints.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import resource
@@ -21,16 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_times import step_times
 from torch.export import ExportedProgram
 
 import bda_fx
-from bda_fx import api, pipeline
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = (2, 4, 8, 12, 24, 48)
@@ -46,25 +43,7 @@ def export(model: torch.nn.Module, input_ids: torch.Tensor) -> ExportedProgram:
 
 def steps_of(program: ExportedProgram) -> tuple[bda_fx.Report, dict[str, float]]:
     """The report, and seconds per pipeline step and in total."""
-    seconds: dict[str, float] = defaultdict(float)
-    original = pipeline.step
-
-    @contextlib.contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with original(name):
-            yield
-        seconds[name] += time.perf_counter() - start
-
-    api.step = pipeline.step = timed  # type: ignore[attr-defined]
-    try:
-        start, cpu = time.perf_counter(), time.process_time()
-        report = bda_fx.analyze(program)
-        seconds["total"] = time.perf_counter() - start
-        seconds["total, CPU"] = time.process_time() - cpu
-    finally:
-        api.step = pipeline.step = original  # type: ignore[attr-defined]
-    return report, dict(seconds)
+    return step_times(lambda: bda_fx.analyze(program))
 
 
 def bert(layers: int, repeats: int) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from models import minilm, rxnfp, sentences  # noqa: E402
+from reactions import tokenised, vocabulary  # noqa: E402
 
 import bda_fx  # noqa: E402
 from bda_fx.evaluate_float64 import evaluate_float64  # noqa: E402
@@ -61,24 +62,7 @@ def text_batch(tokenizer: Any, count: int) -> dict[str, torch.Tensor]:
 
 def reaction_batch(count: int) -> dict[str, torch.Tensor]:
     """Real reactions, tokenised by atoms with the model's own vocabulary."""
-    import re
-
-    from models import package_directory
-
-    vocabulary = (package_directory("rxnfp") / "models/transformers/bert_ft/vocab.txt").read_text()
-    number = {token: i for i, token in enumerate(vocabulary.splitlines())}
-    atom = r"(\[[^\]]+]|Br?|Cl?|[NOSPFIbcnosp]|[().=#+\\/:~@?*$-]|>>?|%\d{2}|\d)"
-    rows = [
-        [
-            number["[CLS]"],
-            *(number.get(t, number["[UNK]"]) for t in re.findall(atom, r)),
-            number["[SEP]"],
-        ]
-        for r in REACTIONS[:count]
-    ]
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [number["[PAD]"]] * (width - len(row)) for row in rows])
-    return {"input_ids": padded, "attention_mask": (padded != number["[PAD]"]).long()}
+    return tokenised(REACTIONS[:count], vocabulary("bert_ft"))
 
 
 def measure(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -114,7 +98,7 @@ def saved(report: bda_fx.Report) -> float:
     """Share of the K/V projections' parameters that is saved."""
     before = sum(s.params_before or 0 for s in report.rewritten)
     after = sum(s.params_after or 0 for s in report.rewritten)
-    return 1 - after / before
+    return 1 - after / before if before else 0.0
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:

@@ -53,6 +53,7 @@ from benchmarks.mla_lm import (  # noqa: E402
     load_or_train,
     training_record,
 )
+from benchmarks.noise import saved  # noqa: E402
 from examples.models import package_directory  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -183,11 +184,6 @@ def in_float64(program: ExportedProgram) -> Callable[[Tensor], Tensor]:
 def rms(values: Tensor) -> float:
     """Root of the mean square; inf where a value is not finite."""
     return float(values.square().mean().sqrt()) if values.isfinite().all() else math.inf
-
-
-def saved(report: bda_fx.Report) -> float:
-    before = sum(s.params_before or 0 for s in report.rewritten)
-    return 1 - sum(s.params_after or 0 for s in report.rewritten) / before if before else 0.0
 
 
 def line(row: Row) -> str:

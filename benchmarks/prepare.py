@@ -21,7 +21,6 @@ Writes results/prepare.{md,json,svg} beside this script.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
@@ -29,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,9 +37,9 @@ from typing import Any
 import record
 import torch
 from procedures import PROCEDURES, SEED, STAGES, Projection, Stages, noise_of
+from step_times import step_times
 
 import bda_fx
-from bda_fx import api, pipeline
 
 LAYERS = 27
 V2_LITE = Projection(16, 512, 128, 2048)
@@ -176,26 +175,9 @@ def rewrite_steps(layers: int, quick: bool) -> dict[str, float]:
     with torch.no_grad():
         inputs = {"input_ids": torch.arange(8).view(1, 8)}
         program = torch.export.export(model, (), inputs, strict=False)
-    seconds: dict[str, float] = defaultdict(float)
-    original = pipeline.step
-
-    @contextlib.contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with original(name):
-            yield
-        seconds[name] += time.perf_counter() - start
-
-    api.step = pipeline.step = timed  # type: ignore[attr-defined]
-    try:
-        start, cpu = time.perf_counter(), time.process_time()
-        rewrite = bda_fx.rewrite(program)
-        seconds["total"] = time.perf_counter() - start
-        seconds["total, CPU"] = time.process_time() - cpu
-    finally:
-        api.step = pipeline.step = original  # type: ignore[attr-defined]
+    rewrite, seconds = step_times(lambda: bda_fx.rewrite(program))
     assert len(rewrite.report.rewritten) == 2 * layers
-    return dict(seconds)
+    return seconds
 
 
 # -- results -----------------------------------------------------------------------------------

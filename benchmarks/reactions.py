@@ -4,6 +4,23 @@ Textbook transformations of simple molecules, written for this file; rxnfp's pac
 reaction data of its own. Each is spelled in tokens that its vocabulary has.
 """
 
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from models import package_directory
+
+TOKEN = re.compile(r"\[[^\]]+]|Br?|Cl?|[NOSPFI]|[bcnosp]|[|().=#+\\/:~@?*$-]|>>?|%\d{2}|\d")
+"""A token of a reaction SMILES: a bracket atom, an atom, a bond, a ring closure."""
+
 REACTIONS = (
     # esters, amides and other acyl derivatives
     "CC(=O)O.CCO.OS(=O)(=O)O>>CCOC(C)=O",
@@ -62,3 +79,28 @@ REACTIONS = (
     "[N-]=[N+]=NCc1ccccc1.C#Cc1ccccc1.[Cu]I>>c1ccc(Cn2cc(-c3ccccc3)nn2)cc1",
     "Nc1ccccc1N.OC=O>>c1ccc2[nH]cnc2c1",
 )
+
+
+def vocabulary(model: str) -> dict[str, int]:
+    """Numbers of the tokens of one of rxnfp's models, "bert_ft" or "bert_pretrained"."""
+    path = package_directory("rxnfp") / "models/transformers" / model / "vocab.txt"
+    return {token: i for i, token in enumerate(path.read_text().splitlines())}
+
+
+def tokenised(reactions: Iterable[str], number: Mapping[str, int]) -> dict[str, Tensor]:
+    """A padded batch of reactions.
+
+    Raises:
+        ValueError: a reaction has a token that is not in the vocabulary.
+    """
+    rows = []
+    for reaction in reactions:
+        tokens = TOKEN.findall(reaction)
+        if "".join(tokens) != reaction or not set(tokens) <= set(number):
+            raise ValueError(
+                f"{reaction} has tokens that rxnfp does not know: write it with others"
+            )
+        rows.append([number[t] for t in ("[CLS]", *tokens, "[SEP]")])
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [number["[PAD]"]] * (width - len(row)) for row in rows])
+    return {"input_ids": padded, "attention_mask": (padded != number["[PAD]"]).long()}

@@ -100,7 +100,7 @@ class BasisFits:
         return [self._weigh_one(weights, moments, rows) for weights, moments in pairs]
 
     def _weigh_one(self, weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
-        both = (moments.key, moments.query) if self.balanced else None
+        both = moments.balancing(self.balanced)
         s, condition = complete_basis(weights.heads, rows, weights.bias, both)
         if condition <= SURE_CONDITION:
             s_inv, residual = torch.linalg.inv(s), 0.0

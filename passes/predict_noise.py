@@ -78,6 +78,14 @@ class Moments:
     query_partials: float
     inputs: bool = True
 
+    def turned(self, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor]:
+        """E[K'ᵀK'] and E[Q'ᵀQ'] after the change of basis ``s`` [G, D, D]."""
+        return s_inv.mT @ self.key @ s_inv, s @ self.query @ s.mT
+
+    def balancing(self, wanted: bool) -> tuple[Tensor, Tensor] | None:
+        """What ``change_basis`` is told of both factors, if the other one is to have a say."""
+        return (self.key, self.query) if wanted else None
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -153,7 +161,7 @@ def _noise_energies(
     """The sums of the module docstring for every head, [G] each."""
     wide = keeps_sums_wide(dtype)
     rate = 0.0 if wide else 1.0
-    key, query = s_inv.mT @ moments.key @ s_inv, s @ moments.query @ s.mT
+    key, query = moments.turned(s, s_inv)
     k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
     queries = 1 + rate * moments.query_partials
     was = (k * q * (1 + rate * partial_roundings(moments.key_terms) + queries)).sum(1)

@@ -163,7 +163,7 @@ def transform_weights(
     for item in plan.sites:
         weights = read_site(item.site, values)
         moments = moments_of(weights)
-        both = (moments.key, moments.query) if item.balanced else None
+        both = moments.balancing(item.balanced)
         change = change_basis(weights.heads, rows[item.basis], weights.bias, both)
         dtype = values[item.site.linear.weight].dtype
         noise.append(predict_noise(moments, change.s, change.s_inv, item.size, dtype).site)
@@ -249,13 +249,9 @@ def _factors(
     so that the other factor makes up for what they lack."""
     if not keeps_sums_wide(dtype):
         return _Factors(change, change.coefficients, change.bias)
-    key = change.s_inv.mT @ moments.key @ change.s_inv
-    query = change.s @ moments.query @ change.s.mT
-    feedback = _Feedback(key, query, dtype)
-    below, old = (
-        [change.coefficients],
-        [weights.heads[:, change.rows], weights.heads[:, change.rest]],
-    )
+    feedback = _Feedback(*moments.turned(change.s, change.s_inv), dtype)
+    below = [change.coefficients]
+    old = [weights.heads[:, change.rows], weights.heads[:, change.rest]]
     if change.bias is not None and weights.bias is not None:
         below.append(change.bias.unsqueeze(1))
         old.append(weights.bias.unsqueeze(1))

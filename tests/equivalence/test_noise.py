@@ -98,12 +98,6 @@ def noise_ratio(name: str, dtype: torch.dtype, options: dict[str, Any]) -> float
     return relative_error(last_hidden(rewrite.program, kwargs), truth) / own
 
 
-OVER = pytest.mark.xfail(
-    reason="1.37 measured on these reactions, 1.36 with their precursors in other orders",
-    strict=False,  # another processor rounds otherwise, by more than what is missing
-)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "size"),
     [
@@ -116,7 +110,7 @@ OVER = pytest.mark.xfail(
         ("rxnfp", torch.float32, "full"),
         ("rxnfp", torch.float32, 15 / 16),
         ("rxnfp", torch.float16, "full"),
-        pytest.param("rxnfp", torch.float16, 15 / 16, marks=OVER),
+        ("rxnfp", torch.float16, 15 / 16),
         ("rxnfp", torch.bfloat16, "full"),
         ("rxnfp", torch.bfloat16, 15 / 16),
     ],

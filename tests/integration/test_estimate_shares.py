@@ -117,7 +117,8 @@ def test_shares_are_those_of_injected_noise(core: str) -> None:
     flat = flat_inputs(program, x)
     found = estimate_shares(program, sites, [flat])
     assert found is not None
-    mine = {name: features for site in sites for name, features, _ in module._reads(site, program)}
+    nodes = {node.name: node for node in program.graph.nodes}
+    mine = {name: features for site in sites for name, features, _ in module._reads(site, nodes)}
 
     def everywhere(n: fx.Node, value: Tensor) -> Tensor | None:
         return torch.ones(()) if module._roundings(n) else None

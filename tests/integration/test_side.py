@@ -29,6 +29,7 @@ from tests.programs import (
 )
 
 MANY, FEW = 11, 3
+BUDGET = 2.0
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
@@ -231,10 +232,10 @@ def test_dynamic_sizes(side: str) -> None:
 
 @pytest.mark.parametrize("args", [(example(),), many_queries()], ids=["self", "many queries"])
 def test_within_the_noise_budget(args: tuple[Any, ...]) -> None:
-    report = rewrite_in_float64(Attention(), args, options={"side": "qo", "noise_budget": 2.0})
+    report = rewrite_in_float64(Attention(), args, options={"side": "qo", "noise_budget": BUDGET})
     assert decomposed(report) == QO
     assert report.noise_ratio is not None
-    assert report.noise_ratio <= 2.0
+    assert report.noise_ratio <= BUDGET
 
 
 # -- through the backend ----------------------------------------------------------------------
