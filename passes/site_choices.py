@@ -131,7 +131,7 @@ class Choice:
         return [
             SitePlan(
                 site=site,
-                basis=f"{site.linear.name}_{'kv' if self.shared else _tag(site)}",
+                basis=self._basis_name(site),
                 strategy=self.strategy,
                 size=len(fit.rows),
                 rows=tuple(fit.rows.tolist()),
@@ -144,6 +144,12 @@ class Choice:
             )
             for at, (site, fit) in enumerate(zip(self.sites, fits, strict=True))
         ]
+
+    def _basis_name(self, site: Site) -> str:
+        """Unique in the program: a linear may have several bases, and several that are shared."""
+        first = self.sites[0] if self.shared else site
+        kind = "kv" if self.shared else site.product.replace("+", "")
+        return f"{site.linear.name}_{kind}{first.features[0][0]}"
 
     def _alternatives(self, at: int) -> tuple[Alternative, ...]:
         """The other steps as site ``at`` sees them, as far as their side was looked at."""
@@ -187,8 +193,3 @@ def skips_of(site: Site, reason: Reason, detail: str = "") -> list[Skip]:
         for contraction in site.contractions
         for product in site.product.split("+")
     ]
-
-
-def _tag(site: Site) -> str:
-    """What tells the sites of one weight apart in the names of their bases."""
-    return f"{site.product.replace('+', '')}{site.features[0][0]}"

@@ -144,3 +144,22 @@ def test_values_pass_where_keys_do_not() -> None:
     report = rewrite_in_float64(FeatureMap())
     assert sites(report) == [("vo", D)]
     assert [s.reason_code for s in report.skipped if s.product == "qk"] == ["COMPUTED"]
+
+
+def test_two_shared_bases_of_one_weight() -> None:
+    """Two kinds of features in one weight, each shared by the parts of two output linears."""
+
+    class Shared(Projected):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(D, E, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = (self.split(f(x)) for f in (self.q, self.k, self.v))
+            z = F.scaled_dot_product_attention(q, k, v)
+            mean = z[..., :1].mean(2, keepdim=True).expand_as(z[..., :1])
+            z = torch.cat([mean, z[..., 1:]], -1).transpose(1, 2)
+            return self.out(z.flatten(2)), self.first(z[:, :, :1].flatten(2))
+
+    report = rewrite_in_float64(Shared())
+    assert sum(s.product == "vo" for s in report.rewritten) == 2 * H
