@@ -18,6 +18,7 @@ from torch import Tensor
 from bda_fx.passes.change_basis import change_basis, complete_basis
 from bda_fx.passes.choose_basis import BasisSearch
 from bda_fx.passes.predict_noise import Moments, predict_noise
+from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, moments_of
 
 MAX_RESIDUAL = 1e-11
@@ -35,7 +36,8 @@ class Fit:
     """What one site makes of a basis: noise as ``predict_noise`` gives it, condition of S.
 
     ``residual`` is the relative error of the change of basis in float64; the fit is of no use above
-    ``MAX_RESIDUAL``.
+    ``MAX_RESIDUAL``. ``in_range``: whether values stay within the dtype's range where the original's
+    do.
     """
 
     rows: Tensor
@@ -43,10 +45,15 @@ class Fit:
     worst: float
     condition: float
     residual: float
+    in_range: bool = True
 
     @property
     def exact(self) -> bool:
         return self.residual <= MAX_RESIDUAL
+
+    @property
+    def usable(self) -> bool:
+        return self.exact and self.in_range
 
 
 class BasisFits:
@@ -72,10 +79,10 @@ class BasisFits:
         self._scales = [1.0] * len(heads)
 
     def noise(self, size: int) -> list[float]:
-        """Noise of each site: of the fit if there is one, else an estimate; inf if not exact."""
+        """Noise of each site: of the fit if there is one, else an estimate; inf if of no use."""
         if size not in self._fits and self.search.strategy == "pivot":
             return [scale * self._estimate(size) for scale in self._scales]
-        return [fit.noise if fit.exact else float("inf") for fit in self.fits(size)]
+        return [fit.noise if fit.usable else float("inf") for fit in self.fits(size)]
 
     def _estimate(self, size: int) -> float:
         noise = self.search.obliqueness(size) ** 0.5
@@ -109,4 +116,5 @@ class BasisFits:
             s, s_inv, condition = change.s, change.s_inv, change.condition
             residual = change.residual
         noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)
-        return Fit(rows, noise.site, noise.worst, condition, residual)
+        in_range = keeps_range(weights, moments, s, s_inv, self.dtype)
+        return Fit(rows, noise.site, noise.worst, condition, residual, in_range)

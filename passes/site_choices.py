@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bda_fx.passes.fit_basis import MAX_RESIDUAL, BasisFits
@@ -89,11 +90,14 @@ class Choice:
         """The sites as the chosen step sees them."""
         return self.views[self.step.view if self.step else 0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values[self.sites[0].linear.weight].dtype
+
     def fits(self, view: int) -> BasisFits:
         if view not in self._fits:
             read = [read_site(site, self.values) for site in self.views[view]]
-            dtype = self.values[self.views[view][0].linear.weight].dtype
-            self._fits[view] = BasisFits(read, self.strategy, dtype, balanced=self.balanced)
+            self._fits[view] = BasisFits(read, self.strategy, self.dtype, balanced=self.balanced)
         return self._fits[view]
 
     def noise(self, step: int) -> list[float]:
@@ -162,8 +166,11 @@ class Choice:
         else:
             every = [f for step in self.steps for f in self.fits(step.view).fits(step.size)]
             residual = min(fit.residual for fit in every)
-            reason = Reason.RANK_DEFICIENT
-            detail = f"residual {residual:.1e} at best, limit {MAX_RESIDUAL:.0e}"
+            if residual <= MAX_RESIDUAL:
+                reason, detail = Reason.OUT_OF_RANGE, f"predicted for {self.dtype}"
+            else:
+                reason = Reason.RANK_DEFICIENT
+                detail = f"residual {residual:.1e} at best, limit {MAX_RESIDUAL:.0e}"
         return [skip for site in self.views[0] for skip in skips_of(site, reason, detail)]
 
 
