@@ -84,7 +84,8 @@ def find_and_plan(program: Program, options: Options) -> Plan:
         folds = find_folds(program, found)
     with step("estimate shares"):
         # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
-        unknown = opaque or options.basis_size != "auto"
+        # Nor are shares of rounding noise those of quantised weights.
+        unknown = opaque or options.basis_size != "auto" or options.optimize_for is not None
         shares = None if unknown else estimate_shares(program, found.sites)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
@@ -95,6 +96,7 @@ def find_and_plan(program: Program, options: Options) -> Plan:
             options.products,
             side="kv" if opaque and options.side == "auto" else options.side,
             opaque_cache=opaque,
+            optimize_for=options.optimize_for,
         )
         return plan_sites(found, values, planning, folds, shares)
 

@@ -59,7 +59,8 @@ class Fit:
 class BasisFits:
     """Bases of any size for ``weights`` (sites that share them), computed when asked for.
 
-    ``balanced``: whether the other factor has a say in S (see ``change_basis``).
+    ``balanced``: whether the other factor has a say in S (see ``change_basis``). ``optimize_for``:
+    what noise is counted (see ``predict_noise``).
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class BasisFits:
         dtype: torch.dtype,
         *,
         balanced: bool = True,
+        optimize_for: str | None = None,
     ) -> None:
         self.weights, self.dtype, self.balanced = weights, dtype, balanced
+        self.optimize_for = optimize_for
         heads = [w.heads for w in weights]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
@@ -115,6 +118,6 @@ class BasisFits:
             change = change_basis(weights.heads, rows, weights.bias, both)
             s, s_inv, condition = change.s, change.s_inv, change.condition
             residual = change.residual
-        noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)
+        noise = predict_noise(moments, s, s_inv, len(rows), self.dtype, self.optimize_for)
         in_range = keeps_range(weights, moments, s, s_inv, self.dtype)
         return Fit(rows, noise.site, noise.worst, condition, residual, in_range)

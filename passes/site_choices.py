@@ -74,6 +74,7 @@ class Choice:
     strategy: str
     balanced: bool
     shared: bool = False
+    optimize_for: str | None = None
     chosen: int = 0
     _fits: dict[int, BasisFits] = field(default_factory=dict)
 
@@ -97,7 +98,13 @@ class Choice:
     def fits(self, view: int) -> BasisFits:
         if view not in self._fits:
             read = [read_site(site, self.values) for site in self.views[view]]
-            self._fits[view] = BasisFits(read, self.strategy, self.dtype, balanced=self.balanced)
+            self._fits[view] = BasisFits(
+                read,
+                self.strategy,
+                self.dtype,
+                balanced=self.balanced,
+                optimize_for=self.optimize_for,
+            )
         return self._fits[view]
 
     def noise(self, step: int) -> list[float]:
@@ -139,6 +146,7 @@ class Choice:
                 condition=fit.condition,
                 shares=tuple(self.shares[at]),
                 balanced=self.balanced,
+                optimize_for=self.optimize_for,
                 alternatives=self._alternatives(at),
             )
             for at, (site, fit) in enumerate(zip(self.sites, fits, strict=True))

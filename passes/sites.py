@@ -234,7 +234,8 @@ class SitePlan:
     are the rows for the weights that were planned with; another layer's weights have their own.
     ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original),
     ``shares`` the part of the model's own noise that comes from the site, for each of its outputs.
-    ``balanced``: whether the other factor has a say in the change of basis.
+    ``balanced``: whether the other factor has a say in the change of basis. ``optimize_for``: the
+    grid that the weights will be quantised to, and whose noise is meant.
     """
 
     site: Site
@@ -247,6 +248,7 @@ class SitePlan:
     condition: float
     shares: tuple[float, ...] = (0.0,)
     balanced: bool = True
+    optimize_for: str | None = None
     alternatives: tuple[Alternative, ...] = ()
 
     def costs(self, noise: float) -> list[float]:
