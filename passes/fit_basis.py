@@ -36,8 +36,8 @@ class Fit:
     """What one site makes of a basis: noise as ``predict_noise`` gives it, condition of S.
 
     ``residual`` is the relative error of the change of basis in float64; the fit is of no use above
-    ``MAX_RESIDUAL``. ``in_range``: whether values stay within the dtype's range where the original's
-    do.
+    ``MAX_RESIDUAL``. ``in_range``: whether values stay within the dtype's range where those of
+    the original do.
     """
 
     rows: Tensor

@@ -189,10 +189,8 @@ class _Spending:
         return self.allowance if self.planning.enforced else math.inf
 
     def allows(self, costs: Sequence[Sequence[float]]) -> bool:
-        return all(
-            (max(output) if self.alike else sum(output)) <= self.limit
-            for output in zip(*costs, strict=True)
-        )
+        totals = [max(output) if self.alike else sum(output) for output in zip(*costs, strict=True)]
+        return all(total <= self.limit and math.isfinite(total) for total in totals)
 
     def choose(self, choices: Sequence[Choice]) -> None:
         for group in [[choice] for choice in choices] if self.alike else [choices]:

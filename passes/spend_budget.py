@@ -36,7 +36,10 @@ class Ladder(Protocol):
 
 
 def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
-    """The step to take on each ladder; their costs come to at most ``allowance`` (≥ 0) together."""
+    """The step to take on each ladder; their costs come to at most ``allowance`` (≥ 0) together.
+
+    An allowance of inf takes whatever can be taken.
+    """
     steps = [0] * len(ladders)
     while ladders:
         totals = [
@@ -46,7 +49,7 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float) -> list[int]:
             )
         ]
         output = max(range(len(totals)), key=lambda at: totals[at])
-        if totals[output] <= allowance:
+        if totals[output] <= allowance and math.isfinite(totals[output]):
             break
         moves = [
             (_gain(ladder, step, below, output), -at, -below)
