@@ -166,7 +166,10 @@ def transform_weights(
         both = (moments.key, moments.query) if item.balanced else None
         change = change_basis(weights.heads, rows[item.basis], weights.bias, both)
         dtype = values[item.site.linear.weight].dtype
-        noise.append(predict_noise(moments, change.s, change.s_inv, item.size, dtype).site)
+        predicted = predict_noise(
+            moments, change.s, change.s_inv, item.size, dtype, item.optimize_for
+        )
+        noise.append(predicted.site)
         residual.append(change.residual)
         _turn(item.site, _factors(weights, change, moments, dtype), values, turned)
     tensors: dict[str, Tensor] = {}
