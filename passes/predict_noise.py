@@ -196,10 +196,10 @@ def _noise_energies(
         now += coefficients * alone_q + p * alone_k
     else:
         now += coefficients * p + p * kappa
-    floor = torch.finfo(dtype).smallest_normal ** 2
+    floor = torch.where(was > 0, torch.finfo(dtype).smallest_normal ** 2, 0.0)
     was += floor * (k + q).sum(1)
     elements = (moments.key_weights - size) * p + moments.query_weights * kappa
-    return was, (now + floor * (kappa + p + elements)).sum(1)
+    return was, now.sum(1) + floor * (kappa + p + elements).sum(1)
 
 
 def _quantisation_energies(
