@@ -344,7 +344,7 @@ def quantised(weight: Tensor, grid: str) -> Tensor:
 @pytest.mark.parametrize("product", ["qk", "vo"])
 @pytest.mark.parametrize("size", [8, 12, 16])
 def test_noise_of_weights_that_are_quantised(product, size, grid):
-    """Error of the product's weights K Q (of V O), measured over white inputs, against prediction."""
+    """Measured error of the product K Q (of V O) of weights, which is that over white inputs."""
     heads, other = randn(1, 64, 16, seed=0), randn(1, 16, 64, seed=1)
     partner = PartnerHeads(other, None, torch.tensor([0]), 64 if product == "qk" else 0)
     moments = second_moments(heads, None, [partner])
