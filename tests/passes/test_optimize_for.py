@@ -39,7 +39,7 @@ def test_noise_is_that_of_the_grid():
 
 
 def test_a_compiled_model_derives_its_weights():
-    """They are predicted on the grid that the plan was made for; ``strict`` makes a refusal fail."""
+    """They are predicted on the plan's own grid; ``strict`` makes a refusal fail."""
     torch._dynamo.reset()
     model, x = seeded(Attention()), example()
     options = {"optimize_for": "int8", "noise_budget": 8.0, "inner": "eager", "strict": True}
