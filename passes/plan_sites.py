@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bda_fx.passes.observe_noise import Observed
 from bda_fx.passes.predict_noise import keeps_sums_wide
-from bda_fx.passes.read_weights import constants_of
+from bda_fx.passes.read_weights import FactorKey, constants_of
 from bda_fx.passes.site_choices import Choice, skips_of, steps_of, worthwhile
 from bda_fx.passes.sites import IN, OUT, Fold, Found, Plan, Reason, Site, SitePlan
 from bda_fx.passes.spend_budget import spend_budget
@@ -103,13 +104,14 @@ def plan_sites(
     planning: Planning,
     folds: Mapping[str, Fold] | None = None,
     shares: Sequence[Sequence[float]] | None = None,
+    observed: Mapping[FactorKey, Observed] | None = None,
 ) -> Plan:
     """Choose a basis for every site of ``found``; ``values`` holds the constants it reads.
 
     ``folds`` says for which K/V weights the gather of x would be free on one common basis.
     ``shares`` are those of ``found.sites``, for each output of the program. Without them every site
     is held to the same noise, whatever else the program has: then equal weights are planned alike
-    in every graph.
+    in every graph. ``observed``: what a run of the program showed of the sites' factors.
     """
     folds = folds or {}
     skips = list(found.skips)
@@ -123,7 +125,7 @@ def plan_sites(
     allowance = planning.allowance([values[site.linear.weight].dtype for site, _ in wanted])
     spend = _Spending(planning, allowance * planning.headroom, shares is None)
     with _one_thread() as workers:
-        choices = _choices(wanted, values, planning, folds, shares is None)
+        choices = _choices(wanted, values, planning, folds, shares is None, observed or {})
         _decide(choices, spend, workers)
         again = [part for choice in choices for part in _second_try(choice, planning)]
         if again != choices:
@@ -206,6 +208,7 @@ def _choices(
     planning: Planning,
     folds: Mapping[str, Fold],
     alike: bool,
+    observed: Mapping[FactorKey, Observed],
 ) -> list[Choice]:
     """What is to be chosen: a basis for each site, or one for all of a weight if that is free."""
     groups: dict[object, list[tuple[Site, Sequence[float]]]] = defaultdict(list)
@@ -231,6 +234,7 @@ def _choices(
                 shared,
                 alike,
                 planning.optimize_for,
+                observed,
             )
         )
     return choices
@@ -242,7 +246,7 @@ def _second_try(choice: Choice, planning: Planning) -> list[Choice]:
         return [choice]
     if choice.shared:
         pairs = list(zip(choice.views[0], choice.shares, strict=True))
-        return _choices(pairs, choice.values, planning, {}, choice.alike)
+        return _choices(pairs, choice.values, planning, {}, choice.alike, choice.observed)
     every = steps_of(choice.views, planning.sizes)
     return [choice if len(every) == len(choice.steps) else replace(choice, steps=every, chosen=0)]
 
@@ -299,6 +303,7 @@ def _on_one_basis(group: Sequence[Choice]) -> Choice:
         shared=True,
         alike=first.alike,
         optimize_for=first.optimize_for,
+        observed=first.observed,
     )
     together.settle()
     return together

@@ -51,6 +51,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bda_fx.passes.observe_noise import Observed, Rounded, observed_energies, rounded_by
+
 RUN = 192
 """Products that a GEMM adds up one by one before it adds the sum to those of other runs. Measured
 from the variance of float32 products of torch on x86 (MKL, AVX-512): it grows as m / 2 up to 192
@@ -73,6 +75,7 @@ class PartnerHeads:
     bias: Tensor | None
     groups: Tensor
     terms: int = 0
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Moments:
     served; float64. ``key_terms``: products that a decomposed feature is the sum of;
     ``query_partials``: the ``partial_roundings`` of the others, in the mean.
     ``inputs``: whether the decomposed features are computed from basis inputs (K and V, Q), not
-    read by an output projection.
+    read by an output projection. ``rounded``: what a run of the program showed, if there was one.
     """
 
     key: Tensor
@@ -93,6 +96,7 @@ class Moments:
     inputs: bool = True
     key_weights: int = 0
     query_weights: float = 0.0
+    rounded: tuple[Rounded, ...] = ()
 
     def turned(self, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor]:
         """E[K'ᵀK'] and E[Q'ᵀQ'] after the change of basis ``s`` [G, D, D]."""
@@ -131,11 +135,13 @@ def second_moments(
     fellows: Sequence[PartnerHeads] = (),
     *,
     inputs: bool = True,
+    observed: Observed | None = None,
 ) -> Moments:
     """Moments of a site: ``heads`` [G, E, D] and ``bias`` [G, D] of the projection.
 
-    ``partners`` meet its features; ``fellows`` meet the partners too and turn along.
-    Cost O((G E + H n) D²).
+    ``partners`` meet its features; ``fellows`` meet the partners too and turn along. ``observed``:
+    what a run showed of the heads, of use only where it showed every factor. Cost
+    O((G E + H n) D²).
     """
     heads = heads.double()
     key = _add_outer(heads.mT @ heads, bias)
@@ -156,7 +162,33 @@ def second_moments(
         inputs,
         heads.shape[1],
         sum(p.weight.shape[0] * p.weight.shape[2] for p in partners) / max(len(heads), 1),
+        _rounded(heads, partners, fellows, observed, inputs=inputs),
     )
+
+
+def _rounded(
+    heads: Tensor,
+    partners: Sequence[PartnerHeads],
+    fellows: Sequence[PartnerHeads],
+    observed: Observed | None,
+    *,
+    inputs: bool,
+) -> tuple[Rounded, ...]:
+    if observed is None:
+        return ()
+    own = rounded_by(
+        observed, heads.mT, torch.arange(len(heads)), computed=inputs, along=True, decomposed=True
+    )
+    parts = list(own)
+    for along, factors in ((False, partners), (True, fellows)):
+        for factor in factors:
+            if factor.observed is None:
+                return ()
+            weight, groups = factor.weight.double(), factor.groups
+            parts += rounded_by(
+                factor.observed, weight, groups, computed=factor.terms > 0, along=along
+            )
+    return tuple(parts)
 
 
 def predict_noise(
@@ -173,10 +205,12 @@ def predict_noise(
     without energy counts as 1. O(G D³), whatever the number of inputs.
     """
     key, query = moments.turned(s, s_inv)
-    if optimize_for is None:
-        was, now = _noise_energies(moments, key, query, size, dtype)
-    else:
+    if optimize_for is not None:
         was, now = _quantisation_energies(moments, key, query, size, optimize_for)
+    elif moments.rounded:
+        was, now = _observed_energies(moments, s, s_inv, size, dtype)
+    else:
+        was, now = _noise_energies(moments, key, query, size, dtype)
     if not float(was.sum()) > 0:
         return Noise(1.0, 1.0)
     ratios = torch.where(was > 0, now / was, 1.0).sqrt()
@@ -199,16 +233,48 @@ def _noise_energies(
         now[:, :size] += (kappa * p)[:, :size]
     else:
         now += kappa * p
-    if wide:
-        alone_q = conditional_variances(query, rounding_order(coefficients, p))
-        alone_k = conditional_variances(key, rounding_order(p, kappa))
-        now += coefficients * alone_q + p * alone_k
-    else:
-        now += coefficients * p + p * kappa
+    alone_k, alone_q = _alone(key, query, size) if wide else (kappa, p)
+    now += coefficients * alone_q + p * alone_k
     floor = torch.where(was > 0, torch.finfo(dtype).smallest_normal ** 2, 0.0)
     was += floor * (k + q).sum(1)
     elements = (moments.key_weights - size) * p + moments.query_weights * kappa
     return was, now.sum(1) + floor * (kappa + p + elements).sum(1)
+
+
+def _observed_energies(
+    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same from what a run showed (see ``observe_noise``)."""
+    key, query = moments.turned(s, s_inv)
+    wide = keeps_sums_wide(dtype)
+    heard = (torch.ones_like(s[:, 0]),) * 2
+    if wide:
+        alone_k, alone_q = _alone(key, query, size)
+        kappa, p = _diagonals(key), _diagonals(query)
+        heard = (
+            torch.where(p > 0, alone_q / p, 1.0),
+            torch.where(kappa > 0, alone_k / kappa, 1.0),
+        )
+    partials = [(0.0, 0.0)] * len(moments.rounded)
+    if not wide:
+        partials = [
+            (
+                partial_roundings(part.terms),
+                partial_roundings(part.terms - (size if part.decomposed else 0)),
+            )
+            for part in moments.rounded
+        ]
+    smallest = torch.finfo(dtype).smallest_normal
+    return observed_energies(moments.rounded, s, s_inv, size, heard, partials, smallest)
+
+
+def _alone(key: Tensor, query: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """What rounding with feedback leaves of an error in a feature of Q' and of K', [G, D] each:
+    the conditional variances of K' and of Q'."""
+    kappa, p = _diagonals(key), _diagonals(query)
+    coefficients = _without_identity(kappa, size)
+    alone_q = conditional_variances(query, rounding_order(coefficients, p))
+    return conditional_variances(key, rounding_order(p, kappa)), alone_q
 
 
 def _quantisation_energies(

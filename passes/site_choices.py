@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bda_fx.passes.fit_basis import MAX_RESIDUAL, BasisFits
-from bda_fx.passes.read_weights import read_site
+from bda_fx.passes.observe_noise import Observed
+from bda_fx.passes.read_weights import FactorKey, read_site
 from bda_fx.passes.sites import REMEDIES, Alternative, Reason, Site, SitePlan, Skip
 
 MIN_SIDE_GAIN = 4 / 3
@@ -77,6 +78,7 @@ class Choice:
     alike: bool = False
     """Whether each site is held to the budget by itself."""
     optimize_for: str | None = None
+    observed: Mapping[FactorKey, Observed] = field(default_factory=dict)
     chosen: int = 0
     _fits: dict[int, BasisFits] = field(default_factory=dict)
 
@@ -99,7 +101,7 @@ class Choice:
 
     def fits(self, view: int) -> BasisFits:
         if view not in self._fits:
-            read = [read_site(site, self.values) for site in self.views[view]]
+            read = [read_site(site, self.values, self.observed) for site in self.views[view]]
             self._fits[view] = BasisFits(
                 read,
                 self.strategy,
@@ -152,6 +154,7 @@ class Choice:
                 shares=tuple(self.shares[at]),
                 balanced=self.balanced,
                 optimize_for=self.optimize_for,
+                correction=fit.correction,
                 alternatives=self._alternatives(at),
             )
             for at, (site, fit) in enumerate(zip(self.sites, fits, strict=True))

@@ -235,7 +235,9 @@ class SitePlan:
     ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original),
     ``shares`` the part of the model's own noise that comes from the site, for each of its outputs.
     ``balanced``: whether the other factor has a say in the change of basis. ``optimize_for``: the
-    grid that the weights will be quantised to, and whose noise is meant.
+    grid that the weights will be quantised to, and whose noise is meant. ``correction``: ``noise``
+    over what it is predicted to be from the weights alone; that of later weights is corrected
+    alike.
     """
 
     site: Site
@@ -249,6 +251,7 @@ class SitePlan:
     shares: tuple[float, ...] = (0.0,)
     balanced: bool = True
     optimize_for: str | None = None
+    correction: float = 1.0
     alternatives: tuple[Alternative, ...] = ()
 
     def costs(self, noise: float) -> list[float]:

@@ -177,7 +177,7 @@ def transform_weights(
         predicted = predict_noise(
             moments, change.s, change.s_inv, item.size, dtype, item.optimize_for
         )
-        noise.append(predicted.site)
+        noise.append(predicted.site * item.correction)
         residual.append(change.residual)
         in_range.append(keeps_range(weights, moments, change.s, change.s_inv, dtype))
         _turn(item.site, _factors(weights, change, moments, dtype), values, turned)

@@ -175,5 +175,12 @@ least 800 values, squares that vary by √2 of their mean and count by their ene
 within √(2 · 3 / 800) = 8 % a deviation, partly in numerator and denominator alike."""
 
 
+FORETOLD_NOISE = 0.15
+"""Relative error of a whole model's predicted noise ratio. A pooled output of 24 rows has some 240
+independent errors (ten directions of a row carry most), so its energy is within √(2 / 240) = 9 %, a
+ratio of two within 13 %, the root of that within 6.5 % a deviation; two deviations, and 2 % for
+noise that the prediction leaves out on either side (the inside of attention ops)."""
+
+
 DEFAULT_BUDGET = 1.4
 """What ``noise_budget="auto"`` promises of a float32 model: its noise over the original's own."""
