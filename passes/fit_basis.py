@@ -17,7 +17,12 @@ from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis, complete_basis
 from bda_fx.passes.choose_basis import BasisSearch
-from bda_fx.passes.predict_noise import Moments, predict_noise
+from bda_fx.passes.predict_noise import (
+    Moments,
+    keeps_sums_wide,
+    partial_roundings,
+    predict_noise,
+)
 from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, moments_of
 
@@ -90,8 +95,16 @@ class BasisFits:
         return [fit.noise if fit.usable else float("inf") for fit in self.fits(size)]
 
     def _estimate(self, size: int) -> float:
-        noise = self.search.obliqueness(size) ** 0.5
+        noise = (self.search.obliqueness(size) * self._sums(size)) ** 0.5
         return noise / EXCHANGES_LOWER_FULL if size == self.head_dim else noise
+
+    def _sums(self, size: int) -> float:
+        """Roundings on the way to a product over those of the original, on either factor alike."""
+        terms = self.moments[0].key_terms
+        if keeps_sums_wide(self.dtype) or not terms:
+            return 1.0
+        was, now = (1 + partial_roundings(n) for n in (terms, terms - size))
+        return (now / was + 1) / 2
 
     @property
     def known(self) -> list[int]:
