@@ -143,6 +143,10 @@ class Projection:
         return self.in_features - self.basis_size
 
     @property
+    def gathers(self) -> bool:
+        return self.scattered and self.basis_size > 0
+
+    @property
     def original(self) -> Projection:
         return replace(self, basis_size=0, scattered=False)
 
@@ -170,6 +174,11 @@ class Tile:
         """Bytes: ``stages`` steps of both operands are on their way at once."""
         return self.stages * (self.tokens + self.features) * self.residual * itemsize
 
+    def held(self, scattered: bool) -> float:
+        """Numbers that a thread holds in registers: sums, and features that it gathers ahead."""
+        ahead = self.tokens * self.residual if scattered else 0
+        return (self.tokens * self.features + ahead) / (32 * self.warps)
+
 
 TENSOR_CORE_TILES = (
     Tile(128, 256, 64, 3, 8),
@@ -179,10 +188,11 @@ TENSOR_CORE_TILES = (
     Tile(128, 128, 64, 3, 4),
     Tile(128, 128, 32, 4, 8),
     Tile(128, 128, 32, 4, 4),
-    Tile(128, 64, 64, 4, 4),
+    Tile(128, 64, 64, 3, 4),
+    Tile(128, 64, 32, 4, 4),
     Tile(64, 128, 64, 4, 4),
+    Tile(64, 128, 32, 4, 4),
     Tile(64, 256, 32, 4, 8),
-    Tile(128, 96, 32, 4, 4),
     Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 64, 5, 4),
     Tile(32, 128, 64, 4, 4),
@@ -218,13 +228,24 @@ SPLIT_TOKENS = 256
 """Most tokens with which a sum is split: beyond, the tiles of one wave fill any device."""
 
 
+HELD, HELD_WIDE = 128, 80
+"""Most numbers that a thread may hold of its 255 registers: the second where it gathers (their
+addresses take two registers each) or multiplies float32 (operands take twice the registers). With
+more the compiler spills; tests/kernels/test_triton_compiled.py shows that with these it does not."""
+
+
 def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
     """Tiles to choose from: those that fit the device, split where a wave would be half empty."""
     itemsize = projection.dtype.itemsize
     shapes = TENSOR_CORE_TILES if itemsize == 2 else ORDINARY_TILES
     if projection.tf32 and itemsize == 4:
         shapes = TF32_TILES
-    shapes = tuple(tile for tile in shapes if tile.shared_memory(itemsize) <= device.shared_memory)
+    held = HELD_WIDE if projection.gathers or itemsize > 2 else HELD
+    shapes = tuple(
+        tile
+        for tile in shapes
+        if tile.shared_memory(itemsize) <= device.shared_memory and tile.held(projection.gathers) <= held
+    )
     return tuple(
         replace(tile, splits=splits)
         for tile in shapes
@@ -261,7 +282,7 @@ def predict_tile(projection: Projection, device: Device, tile: Tile) -> Predicti
         "arithmetic": 2 * outputs * residual / flops_per_clock,
         "L2": (moved * itemsize + partial_bytes) / L2_BYTES_PER_CLOCK,
     }
-    if p.scattered and p.basis_size:
+    if p.gathers:
         gathered = tile.tokens * residual + outputs * spread / tile.splits
         clocks["load units"] = gathered / LOADS_PER_CLOCK
     waves = math.ceil(_count(p, tile) * tile.splits / device.multiprocessors)
