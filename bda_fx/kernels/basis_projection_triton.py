@@ -266,16 +266,22 @@ def _prune(configs: list[Any], named: dict[str, Any], **more: Any) -> list[Any]:
         scattered=arguments["SCATTERED"],
         tf32=arguments["PRECISION"] == "tf32",
     )
-    return [_config(tile) for tile in candidates(projection, roofline.cuda_device(x.device.index))]
+    device = roofline.cuda_device(x.device.index)
+    split = isinstance(arguments["tokens"], int)
+    return [_config(tile) for tile in candidates(projection, device, split)]
 
 
 @lru_cache(maxsize=4096)
 def candidates(
-    projection: roofline.Projection, device: roofline.Device
+    projection: roofline.Projection, device: roofline.Device, split: bool
 ) -> tuple[roofline.Tile, ...]:
-    """The ``CANDIDATES`` tiles predicted fastest, best first."""
-    predictions = roofline.rank(projection, device)
-    return tuple(prediction.tile for prediction in predictions[:CANDIDATES])
+    """The ``CANDIDATES`` tiles predicted fastest, best first; ``split``: sums may be split.
+
+    A graph for any number of tokens does not split: what splitting takes, SPLITS float32 outputs,
+    is little for the few tokens that it is meant for, and the graph might be called with many.
+    """
+    tiles = (prediction.tile for prediction in roofline.rank(projection, device))
+    return tuple(tile for tile in tiles if split or tile.splits == 1)[:CANDIDATES]
 
 
 _tuned = triton.autotune(
@@ -366,7 +372,8 @@ def project(
             1.0 if by_table else sum(end - begin for begin, end, _ in runs) / len(pattern),
             order is not None, precision == "tf32",
         )  # fmt: skip
-        choices = candidates(projection, roofline.cuda_device(x.device.index))
+        device = roofline.cuda_device(x.device.index)
+        choices = candidates(projection, device, isinstance(tokens, int))
     else:
         kernel, choices = _basis_projection, (tile,)
         config = _config(tile).all_kwargs()
@@ -375,7 +382,7 @@ def project(
     if splits > 1:
         partials = x.new_empty((splits, tokens, features), dtype=torch.float32)
         tiles = max(
-            triton.cdiv(bucket, choice.tokens) * triton.cdiv(features, choice.features)
+            triton.cdiv(tokens, choice.tokens) * triton.cdiv(features, choice.features)
             for choice in choices
             if choice.splits > 1
         )
