@@ -7,14 +7,13 @@ longest of what its units need, each working at the rate of the data sheet and a
 
     arithmetic     2 m f K / (peak / SMs)                     K = E - r, in whole steps of the tile
     L2             (m (K + min(r, s f)) + f K) b / 64 B       s: share of outputs with a basis feature
-    load units     m (K + s f) / 32                           only where features are gathered
 
-in clock cycles (but the first), b bytes per number. 64 bytes per clock is what an SM reads from L2
-(a basis feature that enters several heads of the tile is in L1 by then), 32 numbers what its load
-units find when no two lie together: a gathered feature is a load of its own, where the features of
-a window come 16 bytes at a time. The tiles run in ⌈tiles / SMs⌉ waves:
+in clock cycles (but the first), b bytes per number. 64 bytes per clock is what an SM reads from L2;
+a basis feature that enters several heads of the tile is in L1 by then. Gathered features cost no
+more of any unit: the load units take 32 addresses per clock, as many half-precision numbers as L2
+sends. What they cost is registers, and so smaller tiles. The tiles run in ⌈tiles / SMs⌉ waves:
 
-    seconds = launch + max(waves · max(arithmetic, L2, load units), bytes / bandwidth)
+    seconds = launch + max(waves · max(arithmetic, L2), bytes / bandwidth)
 
 where bytes counts x, C and y once. An original projection is the case r = 0, so that
 
@@ -35,9 +34,6 @@ import torch
 
 L2_BYTES_PER_CLOCK = 64.0
 """What an SM reads from L2 each clock: its port, from A100 on (NVIDIA A100 whitepaper)."""
-
-LOADS_PER_CLOCK = 32.0
-"""Addresses that the load units of an SM take each clock: one warp's."""
 
 LAUNCH_SECONDS = 2e-6
 """From one kernel's end to the next one's work: about what a CUDA graph leaves of a launch."""
@@ -193,7 +189,7 @@ TENSOR_CORE_TILES = (
     Tile(64, 128, 64, 4, 4),
     Tile(64, 128, 32, 4, 4),
     Tile(64, 256, 32, 4, 8),
-    Tile(64, 64, 64, 4, 4),
+    Tile(64, 64, 32, 5, 4),
     Tile(64, 32, 64, 5, 4),
     Tile(32, 128, 64, 4, 4),
     Tile(32, 64, 64, 5, 4),
@@ -228,9 +224,10 @@ SPLIT_TOKENS = 256
 """Most tokens with which a sum is split: beyond, the tiles of one wave fill any device."""
 
 
-HELD, HELD_WIDE = 128, 80
+HELD, HELD_WIDE, HELD_TENSOR_MEMORY = 128, 80, 64
 """Most numbers that a thread may hold of its 255 registers: the second where it gathers (their
-addresses take two registers each) or multiplies float32 (operands take twice the registers). With
+addresses take two registers each) or multiplies float32 (operands take twice the registers), the
+third where sums wait in tensor memory (capability 10) and all of them come from there at once. With
 more the compiler spills; tests/kernels/test_triton_compiled.py shows that with these it does not."""
 
 
@@ -241,6 +238,8 @@ def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
     if projection.tf32 and itemsize == 4:
         shapes = TF32_TILES
     held = HELD_WIDE if projection.gathers or itemsize > 2 else HELD
+    if device.capability[0] == 10:
+        held = min(held, HELD_TENSOR_MEMORY)
     shapes = tuple(
         tile
         for tile in shapes
@@ -263,7 +262,7 @@ def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
 class Prediction:
     seconds: float
     work: float  # seconds of all units one after the other
-    bound: str  # "arithmetic", "L2", "load units" or "memory"
+    bound: str  # "arithmetic", "L2" or "memory"
     tile: Tile
 
 
@@ -282,9 +281,6 @@ def predict_tile(projection: Projection, device: Device, tile: Tile) -> Predicti
         "arithmetic": 2 * outputs * residual / flops_per_clock,
         "L2": (moved * itemsize + partial_bytes) / L2_BYTES_PER_CLOCK,
     }
-    if p.gathers:
-        gathered = tile.tokens * residual + outputs * spread / tile.splits
-        clocks["load units"] = gathered / LOADS_PER_CLOCK
     waves = math.ceil(_count(p, tile) * tile.splits / device.multiprocessors)
     moved_once = p.tokens * (p.in_features + p.features) + p.features * p.residual
     seconds = {name: waves * count / device.clock for name, count in clocks.items()}

@@ -1,0 +1,166 @@
+"""The kernel is offered to Inductor beside the ATen form: shown without a GPU, so without timing it.
+
+Tracing runs on fake tensors of a CUDA device. The lowering runs on the CPU with a spelling in ATen in
+the kernel's place, as what it has to get right is the same: arguments, views, dynamic shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from bda_fx.kernels import basis_projection_cuda as on_cuda
+from bda_fx.kernels import roofline
+from bda_fx.kernels.basis_projection import basis_projection, project_in_aten
+from tests.kernels.forms import head
+
+H100 = roofline.data_sheet("H100")
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The kernel's node in the graph of a projection of V2-Lite's width on an H100."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    monkeypatch.setattr(roofline, "cuda_device", lambda _: H100)
+
+    def trace(batch: int, tokens: int, *, dynamic: bool) -> Any:
+        environment = ShapeEnv()
+        with FakeTensorMode(shape_env=environment) as mode:
+            coefficients = torch.empty(4096, 384, dtype=torch.bfloat16, device="cuda:0")
+            if dynamic:
+                kinds = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+                x = mode.from_tensor(
+                    torch.empty(batch, tokens, 512, dtype=torch.bfloat16, device="meta"),
+                    symbolic_context=StatelessSymbolicContext(kinds),
+                )
+                x = torch.empty(x.shape, dtype=x.dtype, device="cuda:0")
+            else:
+                x = torch.empty(batch, tokens, 512, dtype=torch.bfloat16, device="cuda:0")
+
+            def project(x: Tensor, coefficients: Tensor) -> Tensor:
+                slots = head(128, 128) * 2
+                return on_cuda.project_in_triton(x, coefficients, None, None, 0, 128, slots)
+
+            graph = make_fx(project)(x, coefficients)
+        assert not environment.guards
+        return graph.graph
+
+    return trace
+
+
+def kernel_of(graph: Any) -> tuple[Any, list[Any]]:
+    """The launch in the graph, and the configurations that are left for Inductor to measure."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    (launch,) = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    return launch, kernel_side_table.get_kernel(launch.kwargs["kernel_idx"]).configs
+
+
+def test_traced_with_the_tiles_that_the_roofline_leaves(traced: Callable[..., Any]) -> None:
+    launch, configs = kernel_of(traced(2, 1024, dynamic=False))
+    assert 1 < len(configs) <= 10
+    projection = roofline.Projection(2048, 512, 4096, 128, torch.bfloat16)
+    best = roofline.rank(projection, H100)[0].tile
+    assert configs[0].kwargs["BLOCK_FEATURES"] == best.features
+    grids = [
+        -(-2048 // config.kwargs["BLOCK_TOKENS"]) * -(-4096 // config.kwargs["BLOCK_FEATURES"])
+        for config in configs
+    ]
+    assert [tuple(grid) for grid in launch.kwargs["grid"]] == [(grid, 1, 1) for grid in grids]
+
+
+def test_few_tokens_may_be_split_and_take_a_workspace(traced: Callable[..., Any]) -> None:
+    graph = traced(1, 8, dynamic=False)
+    launch, configs = kernel_of(graph)
+    splits = max(config.kwargs["SPLITS"] for config in configs)
+    assert splits > 1
+    workspace = launch.kwargs["kwargs"]["partials"].meta["val"]
+    assert workspace.dtype == torch.float32
+    assert workspace.shape == (splits, 8, 4096)
+    arrivals = launch.kwargs["kwargs"]["arrivals"]
+    assert arrivals.target == torch.ops.aten.new_zeros.default
+    assert arrivals.meta["val"].numel() >= max(
+        grid[0]
+        for grid, config in zip(launch.kwargs["grid"], configs, strict=True)
+        if config.kwargs["SPLITS"] > 1
+    )
+
+
+def test_any_number_of_tokens_is_not_split(traced: Callable[..., Any]) -> None:
+    graph = traced(1, 8, dynamic=True)
+    launch, configs = kernel_of(graph)
+    assert isinstance(launch.kwargs["kwargs"]["out"].meta["val"].shape[1], torch.SymInt)
+    assert {config.kwargs["SPLITS"] for config in configs} == {1}
+    assert not any(node.target == torch.ops.aten.new_zeros.default for node in graph.nodes)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """The lowering on the CPU; what the stand-in for the kernel was traced with."""
+    from torch._inductor.lowering import user_lowerings
+
+    calls: list[Tensor] = []
+
+    def project(x: Tensor, *others: Any, **named: Any) -> Tensor:
+        calls.append(x)
+        return project_in_aten(x, *others, **named) * 1.0
+
+    monkeypatch.setattr(on_cuda, "serves", lambda device, dtype: True)
+    monkeypatch.setattr(on_cuda, "project_in_triton", project)
+    torch._dynamo.reset()
+    on_cuda.offer_to_inductor()
+    yield calls
+    del user_lowerings[basis_projection.default]
+    torch._dynamo.reset()
+
+
+CALLS: dict[str, tuple[bool, bool, bool, bool]] = {
+    # max-autotune, dynamic, order, x is a view
+    "the kernel alone, bias but no order": (False, False, False, False),
+    "a choice, bias but no order, dynamic": (True, True, False, True),
+    "a choice, scattered": (True, False, True, False),
+}
+
+
+@pytest.mark.parametrize(("tuned", "dynamic", "scattered", "view"), CALLS.values(), ids=CALLS)
+def test_lowering(
+    stand_in: list[Tensor], tuned: bool, dynamic: bool, scattered: bool, view: bool
+) -> None:
+    coefficients, bias = torch.nn.Parameter(torch.randn(18, 16)), torch.randn(18)
+    order = torch.randperm(24) if scattered else None
+    slots: Sequence[int] = head(8, 9)
+
+    def project(x: Tensor) -> Tensor:
+        source = x.transpose(0, 1) if view else x.relu()
+        return basis_projection(source, coefficients, order, bias, 4, 8, slots).sigmoid()
+
+    compiled = torch.compile(
+        project, dynamic=dynamic, fullgraph=True, options={"max_autotune": tuned}
+    )
+    with torch.no_grad():
+        for tokens in (5, 7) if dynamic else (5,):
+            x = torch.randn(3, tokens, 24)
+            torch.testing.assert_close(compiled(x), project(x))
+    assert stand_in
+
+
+def test_a_device_that_the_kernel_does_not_serve_is_left_to_inductor() -> None:
+    assert on_cuda._lower(
+        _Box(torch.device("cpu"), torch.float32), _Box(torch.device("cpu"), torch.float32),
+        None, None, 0, 8, [0],
+    ) is None  # fmt: skip
+
+
+class _Box:
+    """As much of Inductor's TensorBox as is asked before the lowering declines."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.get_device, self.get_dtype = lambda: device, lambda: dtype
+        self.get_size = lambda: [4, 4]
