@@ -1,8 +1,8 @@
 """What serves ``bda_fx::basis_projection`` on CUDA devices, eagerly and under Inductor.
 
-Importing this module registers the Triton kernel (basis_projection_triton.py) as the operator's CUDA
-implementation; triton itself is imported at the first call that it serves. Where it does not serve
-(float64, a device before Ampere, no triton), the operator is its ATen form.
+Importing this module registers the Triton kernel (basis_projection_triton.py) as the operator's
+CUDA implementation; triton itself is imported at the first call that it serves. Where it does not
+serve (float64, a device before Ampere, no triton), the operator is its ATen form.
 
 **Eager**: the implementation launches the kernel; autotuning at the first call with like shapes.
 
@@ -10,10 +10,11 @@ implementation; triton itself is imported at the first call that it serves. Wher
 max-autotune this is a choice between two forms, measured where they stand: the ATen form, whose
 product is in turn what Inductor finds best (cuBLAS or its own templates) and whose gather and sum
 fuse with what surrounds them, and the Triton kernel. Otherwise it is the kernel: the backend has
-already decided for it. Either way the form chosen is traced into the graph (``wrap_triton``), so that
-neither the dispatcher nor Python is called at run time. That is what AOTInductor needs (its library
-holds the compiled kernel), and what CUDA graphs do well with: the kernel's workspace is an ordinary
-buffer of the graph, there is no host sync, and nothing is left to be tuned at the first replay.
+already decided for it. Either way the form chosen is traced into the graph (``wrap_triton``), so
+that neither the dispatcher nor Python is called at run time. That is what AOTInductor needs (its
+library holds the compiled kernel), and what CUDA graphs do well with: the kernel's workspace is an
+ordinary buffer of the graph, there is no host sync, and nothing is left to be tuned at the first
+replay.
 
 A ``torch.library.triton_op`` would be traced as early as in AOTAutograd: a kernel is in the graph
 then, opaque, before anything can be compared with cuBLAS. ``register_custom_op_autotuning`` would
@@ -24,7 +25,7 @@ bias and no order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,7 +44,7 @@ CAPABILITY = (8, 0)
 """The first with tensor cores for bfloat16 and tf32, and with asynchronous copies."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_serves(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= CAPABILITY
 
@@ -115,14 +116,13 @@ def _lower(
     slots: Sequence[int],
 ) -> Any:
     """The operator in Inductor's IR, or None: as Inductor takes any operator."""
-    import sympy
     from torch._inductor import config, ir
     from torch._inductor.codegen.subgraph import SubgraphTemplate, inline_subgraph_to_ir_nodes
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
     # Tokens may be dynamic; weights and what the kernel is compiled for may not.
     fixed = (start, size, *coefficients.get_size())
-    if any(not isinstance(number, int | sympy.Integer) for number in fixed):
+    if not all(getattr(number, "is_Integer", isinstance(number, int)) for number in fixed):
         return None
     if not serves(x.get_device(), x.get_dtype()):
         return None
@@ -145,10 +145,13 @@ def _lower(
 
     tuned = config.max_autotune or config.max_autotune_gemm
     forms = (project_in_aten, project_in_triton) if tuned else (project_in_triton,)
-    name, inputs = "bda_fx_basis_projection", list(tensors.values())
+    name = "bda_fx_basis_projection"
+    inputs: list[Any] = list(tensors.values())
     # Numbers drawn at random would be no features of x.
     generators = {
-        place: lambda _: torch.randperm(size + int(coefficients.get_size()[1]), device=x.get_device())
+        place: lambda _: torch.randperm(
+            size + int(coefficients.get_size()[1]), device=x.get_device()
+        )
         for place, key in enumerate(tensors)
         if key == "order"
     }
@@ -166,4 +169,5 @@ def _lower(
         _, chosen = autotune_select_algorithm(
             name, choices, inputs, choices[0].layout, input_gen_fns=generators or None
         )
+    assert chosen.gm is not None  # every choice is a graph
     return inline_subgraph_to_ir_nodes(chosen.gm, inputs, name)

@@ -5,9 +5,9 @@
 A program computes one tile of y, BLOCK_TOKENS × BLOCK_FEATURES, in float32, and rounds it once:
 
 * The residual x_R is never built. Where the basis is a window, the residual is the features before
-  it and those after it: the sum runs over steps of BLOCK_RESIDUAL features that lie in one or in the
-  other, so that a step is contiguous in x and loads are as wide as for an ordinary product. Where
-  the basis is scattered, a step loads its feature numbers and then x by them, one step ahead.
+  it and those after it: the sum runs over steps of BLOCK_RESIDUAL features that lie in one or in
+  the other, so that a step is contiguous in x and loads are as wide as for an ordinary product.
+  Where the basis is scattered, a step loads its feature numbers and then x by them, a step ahead.
 * The basis features are read once more when the sum is done, where each enters: ``slots`` repeats
   over the outputs, and is known when the kernel is compiled as the few runs it consists of
   (``runs_of``); a pattern of many runs is read from a table.
@@ -70,7 +70,9 @@ def runs_of(slots: Sequence[int]) -> Runs:
 
 
 @triton.jit
-def _slots_of(columns, table, WIDTH: tl.constexpr, RUNS: tl.constexpr, TABLE: tl.constexpr):
+def _slots_of(  # type: ignore[no-untyped-def]
+    columns, table, WIDTH: tl.constexpr, RUNS: tl.constexpr, TABLE: tl.constexpr
+):
     """The basis feature that enters each output feature, and whether one does.
 
     A run shifts by one number, so that the compiler sees slots that rise by one, and loads of basis
@@ -92,7 +94,7 @@ def _slots_of(columns, table, WIDTH: tl.constexpr, RUNS: tl.constexpr, TABLE: tl
 
 
 @triton.jit
-def _load_residual(
+def _load_residual(  # type: ignore[no-untyped-def]
     x_rows, x_feature, order, size, begin, end, shift, rows_inside,
     SCATTERED: tl.constexpr, BLOCK_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +113,7 @@ def _load_residual(
 
 
 @triton.jit
-def _finish(
+def _finish(  # type: ignore[no-untyped-def]
     sums, x_rows, x_feature, order, start, bias, table, out_rows, rows_inside, columns, features,
     WIDTH: tl.constexpr, RUNS: tl.constexpr, TABLE: tl.constexpr,
     SCATTERED: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -140,7 +142,7 @@ def _finish(
 
 # Token counts change from call to call: one kernel serves all.
 @triton.jit(do_not_specialize=["tokens", "bucket"])
-def _basis_projection(
+def _basis_projection(  # type: ignore[no-untyped-def]
     x,  # [tokens, E] by its strides: token t lies at x_outer · (t // inner) + x_inner · (t % inner)
     coefficients,  # [features, residual]
     order,  # int64 [E], where SCATTERED
@@ -252,7 +254,7 @@ def _config(tile: roofline.Tile) -> triton.Config:
 
 
 def _prune(configs: list[Any], named: dict[str, Any], **more: Any) -> list[Any]:
-    """Leave of the tuner's configurations what the roofline predicts fastest for these arguments."""
+    """Leave of the configurations what the roofline predicts fastest for these arguments."""
     arguments = {**named, **more}
     x, runs, width = arguments["x"], arguments["RUNS"], arguments["WIDTH"]
     spread = 1.0 if arguments["TABLE"] else sum(end - begin for begin, end, _ in runs) / width

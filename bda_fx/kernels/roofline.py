@@ -5,8 +5,8 @@
 A tile of the output, m tokens × f features, keeps a streaming multiprocessor (SM) busy for the
 longest of what its units need, each working at the rate of the data sheet and all at the same time:
 
-    arithmetic     2 m f K / (peak / SMs)                     K = E - r, in whole steps of the tile
-    L2             (m (K + min(r, s f)) + f K) b / 64 B       s: share of outputs with a basis feature
+    arithmetic     2 m f K / (peak / SMs)                   K = E - r, in whole steps of the tile
+    L2             (m (K + min(r, s f)) + f K) b / 64 B     s: share of outputs with a basis feature
 
 in clock cycles (but the first), b bytes per number. 64 bytes per clock is what an SM reads from L2;
 a basis feature that enters several heads of the tile is in L1 by then. Gathered features cost no
@@ -19,8 +19,8 @@ where bytes counts x, C and y once. An original projection is the case r = 0, so
 
     speed-up = seconds(r = 0) / seconds(r) ≤ 1 / (1 - r/E)
 
-with either at its own best tile. What the model leaves out: latencies, how far units overlap, clocks
-below the data sheet's under load. These fall on both sides alike as long as the bound is the same;
+with either at its own best tile. What the model leaves out: latencies, how far units overlap,
+clocks below the data sheet's under load. These fall on both sides alike as long as the bound is the same;
 a prediction is therefore good for ratios and for choosing what to measure, not for absolute times.
 """
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -83,7 +83,7 @@ def data_sheet(name: str) -> Device:
     raise ValueError(f"no data sheet for {name!r}; there are those of {known}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def cuda_device(index: int) -> Device:
     """The CUDA device of that index: by its data sheet, or else scaled from its generation's.
 
@@ -226,24 +226,25 @@ SPLIT_TOKENS = 256
 
 HELD, HELD_WIDE, HELD_TENSOR_MEMORY = 128, 80, 64
 """Most numbers that a thread may hold of its 255 registers: the second where it gathers (their
-addresses take two registers each) or multiplies float32 (operands take twice the registers), the
-third where sums wait in tensor memory (capability 10) and all of them come from there at once. With
-more the compiler spills; tests/kernels/test_triton_compiled.py shows that with these it does not."""
+addresses take two registers each) or multiplies float32 (operands take twice the registers); the
+third is for sums that wait in tensor memory (capability 10) and come from there all at once. With
+more the compiler spills; with these it does not (tests/kernels/test_triton_compiled.py)."""
 
 
 def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
     """Tiles to choose from: those that fit the device, split where a wave would be half empty."""
     itemsize = projection.dtype.itemsize
-    shapes = TENSOR_CORE_TILES if itemsize == 2 else ORDINARY_TILES
+    shapes: tuple[Tile, ...] = TENSOR_CORE_TILES if itemsize == 2 else ORDINARY_TILES
     if projection.tf32 and itemsize == 4:
         shapes = TF32_TILES
     held = HELD_WIDE if projection.gathers or itemsize > 2 else HELD
-    if device.capability[0] == 10:
-        held = min(held, HELD_TENSOR_MEMORY)
+    sums = HELD_TENSOR_MEMORY if device.capability[0] == 10 else HELD
     shapes = tuple(
         tile
         for tile in shapes
-        if tile.shared_memory(itemsize) <= device.shared_memory and tile.held(projection.gathers) <= held
+        if tile.shared_memory(itemsize) <= device.shared_memory
+        and tile.held(projection.gathers) <= held
+        and tile.held(False) <= sums
     )
     return tuple(
         replace(tile, splits=splits)
@@ -290,7 +291,7 @@ def predict_tile(projection: Projection, device: Device, tile: Tile) -> Predicti
 
 
 def rank(projection: Projection, device: Device) -> list[Prediction]:
-    """All tiles to choose from, fastest first; of equals the one that leaves its units most idle."""
+    """All tiles to choose from, fastest first; of equals, the one that leaves units idle."""
     predictions = (predict_tile(projection, device, tile) for tile in tiles(projection, device))
     return sorted(predictions, key=lambda prediction: (prediction.seconds, prediction.work))
 
@@ -298,7 +299,7 @@ def rank(projection: Projection, device: Device) -> list[Prediction]:
 def predict(projection: Projection, device: Device) -> Prediction:
     """The time with the best tile: what ``profitability="model"`` compares.
 
-    An original projection is ``projection.original``. Some 100 µs; nothing is measured or compiled.
+    An original projection is ``projection.original``. Nothing is measured or compiled.
     """
     return rank(projection, device)[0]
 

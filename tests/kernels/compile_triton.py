@@ -65,7 +65,7 @@ def compile_for(
     width: int = 128,
     bias: bool = True,
 ) -> Compiled:
-    """The kernel for a projection of heads of ``width`` features with aligned, contiguous tensors."""
+    """The kernel for heads of ``width`` features, with aligned, contiguous tensors."""
     pointee = POINTEES[projection.dtype]
     pointers = {
         **dict.fromkeys(("x", "coefficients", "bias", "out"), pointee),
@@ -176,8 +176,8 @@ def main() -> None:
     text = (
         f"Written by `python -m tests.kernels.compile_triton`: triton "
         f"{origin['versions']['triton']}, torch {origin['versions']['torch']}; no GPU. Every tile "
-        f"that the tuner may choose, compiled for each target and read from the cubin. A thread may "
-        f"use {REGISTERS} registers, a block as much shared memory as: {limits}.\n\n"
+        f"that the tuner may choose, compiled for each target and read from the cubin. A thread "
+        f"may use {REGISTERS} registers, a block as much shared memory as: {limits}.\n\n"
         f"{markdown_table(columns, rows)}\n"
     )
     write("compiled_kernels", text, {**origin, "kernels": records})

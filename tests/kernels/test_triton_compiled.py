@@ -50,7 +50,7 @@ def test_tensor_cores_and_no_spills(device: Device, projection: Projection) -> N
     kernel = compiled(device, projection)
     assert kernel.products == {PRODUCT[device.name]}
     assert_within_limits(kernel, projection, device)
-    # Coefficients come 16 bytes at a time and asynchronously, as does x where the basis is a window.
+    # Coefficients come asynchronously, 16 bytes at a time, as does x where the basis is a window.
     assert kernel.count(r"cp\.async\.cg\.shared\.global") > 0
     narrow = kernel.count(r"ld\.global\.b16")
     assert (narrow > kernel.tile.tokens * kernel.tile.residual / (32 * kernel.tile.warps)) == (

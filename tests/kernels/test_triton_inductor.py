@@ -1,7 +1,7 @@
-"""The kernel is offered to Inductor beside the ATen form: shown without a GPU, so without timing it.
+"""The kernel is offered to Inductor beside the ATen form: shown without a GPU, so without timing.
 
-Tracing runs on fake tensors of a CUDA device. The lowering runs on the CPU with a spelling in ATen in
-the kernel's place, as what it has to get right is the same: arguments, views, dynamic shapes.
+Tracing runs on fake tensors of a CUDA device. The lowering runs on the CPU with a spelling in ATen
+in the kernel's place: what it has to get right is the same, arguments, views, dynamic shapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -32,17 +33,16 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def trace(batch: int, tokens: int, *, dynamic: bool) -> Any:
         environment = ShapeEnv()
+        template = torch.empty(batch, tokens, 512, dtype=torch.bfloat16, device="meta")
         with FakeTensorMode(shape_env=environment) as mode:
             coefficients = torch.empty(4096, 384, dtype=torch.bfloat16, device="cuda:0")
             if dynamic:
                 kinds = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
-                x = mode.from_tensor(
-                    torch.empty(batch, tokens, 512, dtype=torch.bfloat16, device="meta"),
-                    symbolic_context=StatelessSymbolicContext(kinds),
+                context = StatelessSymbolicContext(kinds)
+                template = mode.from_tensor(
+                    template, symbolic_context=context, source=ConstantSource("x")
                 )
-                x = torch.empty(x.shape, dtype=x.dtype, device="cuda:0")
-            else:
-                x = torch.empty(batch, tokens, 512, dtype=torch.bfloat16, device="cuda:0")
+            x = torch.empty(template.shape, dtype=torch.bfloat16, device="cuda:0")
 
             def project(x: Tensor, coefficients: Tensor) -> Tensor:
                 slots = head(128, 128) * 2

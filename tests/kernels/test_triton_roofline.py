@@ -41,7 +41,7 @@ def test_data_sheets() -> None:
         per_clock = device.half / device.multiprocessors / device.clock
         assert math.log2(per_clock) == pytest.approx(round(math.log2(per_clock)), abs=0.02)
     assert data_sheet("NVIDIA H100 80GB HBM3") is H100
-    with pytest.raises(ValueError, match="no data sheet for 'Voodoo 2'.*A100, H100"):
+    with pytest.raises(ValueError, match=r"no data sheet for 'Voodoo 2'.*A100, H100"):
         data_sheet("Voodoo 2")
     with pytest.raises(ValueError, match=r"no peak is known for torch.float64: expected float16"):
         H100.peak(torch.float64)
