@@ -4,11 +4,11 @@
 
 For each shape of SHAPES, token count and dtype: the original projection by cuBLAS (``F.linear``),
 by Inductor with max-autotune and by our kernel without a basis; the basis projection by our kernel,
-window and scattered, by its ATen form under Inductor, and by what Inductor chooses of the two. Every
-candidate is captured into a CUDA graph of ``CALLS`` calls, so that what is timed is the device alone,
-and candidates take turns: a round times each once, by CUDA events, L2 flushed before. Ratios are
-medians over rounds of original over candidate in the same round; the original is the faster of the
-first two.
+window and scattered, by its ATen form under Inductor, and by what Inductor chooses of the two. Each
+candidate is captured into a CUDA graph of ``CALLS`` calls, so that what is timed is the device
+alone, and candidates take turns: a round times each once, by CUDA events, L2 flushed before. Ratios
+are medians over rounds of original over candidate in the same round; the original is the faster of
+the first two.
 
 Writes results/gpu.json, gpu.md and gpu.svg; ``--quick`` (one small shape) only prints. What the
 roofline model predicts stands beside each figure; ``--model`` writes that alone, for the devices

@@ -38,6 +38,7 @@ from bda_fx.kernels.basis_projection import (
     library,
     project_in_aten,
 )
+from bda_fx.kernels.slot_pattern import pattern_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITY = (8, 0)
@@ -143,8 +144,11 @@ def _lower(
         call.__name__ = form.__name__
         return call
 
-    tuned = config.max_autotune or config.max_autotune_gemm
-    forms = (project_in_aten, project_in_triton) if tuned else (project_in_triton,)
+    forms: tuple[Callable[..., Tensor], ...] = (project_in_triton,)
+    if config.max_autotune or config.max_autotune_gemm:
+        forms = (project_in_aten, project_in_triton)
+    if pattern_of(tuple(slots)).by_table:  # which would be copied to the device in each call
+        forms = (project_in_aten,)
     name = "bda_fx_basis_projection"
     inputs: list[Any] = list(tensors.values())
     # Numbers drawn at random would be no features of x.

@@ -10,7 +10,7 @@ A program computes one tile of y, BLOCK_TOKENS × BLOCK_FEATURES, in float32, an
   Where the basis is scattered, a step loads its feature numbers and then x by them, a step ahead.
 * The basis features are read once more when the sum is done, where each enters: ``slots`` repeats
   over the outputs, and is known when the kernel is compiled as the few runs it consists of
-  (``runs_of``); a pattern of many runs is read from a table.
+  (slot_pattern.py); a pattern of many runs is read from a table.
 * Programs that run at the same time share tiles of x: GROUP tiles of tokens go through all features
   before the next ones do, so that x and C come from L2 for all but the first head.
 * Few tokens leave most of a device idle. Then SPLITS programs share a tile of y, each with its part
@@ -35,38 +35,13 @@ import triton
 import triton.language as tl
 
 from bda_fx.kernels import roofline
+from bda_fx.kernels.slot_pattern import pattern_of
 
 CANDIDATES = 10
 """Most tiles to measure: some seconds, once per shape."""
 
 GROUP = 8
 """Tiles of tokens that go through all features together."""
-
-MAX_RUNS = 8
-"""Most runs of slots that are compiled into the kernel, each two comparisons per output feature."""
-
-Runs = tuple[tuple[int, int, int], ...]
-
-
-def period_of(slots: Sequence[int]) -> list[int]:
-    """The shortest pattern whose repetition is ``slots``: that of one head where all are alike."""
-    for period in range(1, len(slots)):
-        if len(slots) % period == 0 and list(slots[period:]) == list(slots[:-period]):
-            return list(slots[:period])
-    return list(slots)
-
-
-def runs_of(slots: Sequence[int]) -> Runs:
-    """``slots`` as maximal runs (begin, end, slot of begin) of slots that rise by one."""
-    runs: list[tuple[int, int, int]] = []
-    for feature, slot in enumerate(slots):
-        if slot < 0:
-            continue
-        if runs and runs[-1][1] == feature and slot == slots[feature - 1] + 1:
-            runs[-1] = (runs[-1][0], feature + 1, runs[-1][2])
-        else:
-            runs.append((feature, feature + 1, slot))
-    return tuple(runs)
 
 
 @triton.jit
@@ -255,22 +230,24 @@ def _config(tile: roofline.Tile) -> triton.Config:
 
 def _prune(configs: list[Any], named: dict[str, Any], **more: Any) -> list[Any]:
     """Leave of the configurations what the roofline predicts fastest for these arguments."""
-    arguments = {**named, **more}
+    return [_config(tile) for tile in _choices({**named, **more})]
+
+
+def _choices(arguments: dict[str, Any]) -> tuple[roofline.Tile, ...]:
+    """The tiles to measure for a launch with these arguments."""
     x, runs, width = arguments["x"], arguments["RUNS"], arguments["WIDTH"]
-    spread = 1.0 if arguments["TABLE"] else sum(end - begin for begin, end, _ in runs) / width
     projection = roofline.Projection(
         tokens=arguments["bucket"],
         in_features=arguments["residual"] + arguments["size"],
         features=arguments["features"],
         basis_size=arguments["size"],
         dtype=x.dtype,
-        spread=spread,
+        spread=1.0 if arguments["TABLE"] else sum(end - begin for begin, end, _ in runs) / width,
         scattered=arguments["SCATTERED"],
         tf32=arguments["PRECISION"] == "tf32",
     )
-    device = roofline.cuda_device(x.device.index)
     split = isinstance(arguments["tokens"], int)
-    return [_config(tile) for tile in candidates(projection, device, split)]
+    return candidates(projection, roofline.cuda_device(x.device.index), split)
 
 
 @lru_cache(maxsize=4096)
@@ -312,7 +289,8 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, Any, Any, Any]:
         else:
             dims.append((size, stride))
     if len(dims) > 2:
-        return rows_of(x.contiguous())
+        x = x.contiguous()
+        return x, 0, x.shape[-1], math.prod(x.shape[:-1])
     (_, outer), (inner, stride) = [(1, 0), (1, 0), *dims][-2:]
     return x, outer, stride, inner
 
@@ -362,23 +340,34 @@ def project(
     if isinstance(tokens, int) and tokens * features == 0:  # a symbolic size is at least 2
         return out
     x, outer, stride, inner = rows_of(x)
-    pattern = period_of(slots)
-    runs = runs_of(pattern)
-    by_table = len(runs) > MAX_RUNS
-    precision = float32_precision() if x.dtype == torch.float32 else "ieee"
-    bucket = bucket_of(optimization_hint(tokens))
-    if tile is None:
-        kernel, config = _tuned, {}
-        projection = roofline.Projection(
-            bucket, residual + size, features, size, x.dtype,
-            1.0 if by_table else sum(end - begin for begin, end, _ in runs) / len(pattern),
-            order is not None, precision == "tf32",
-        )  # fmt: skip
-        device = roofline.cuda_device(x.device.index)
-        choices = candidates(projection, device, isinstance(tokens, int))
-    else:
-        kernel, choices = _basis_projection, (tile,)
-        config = _config(tile).all_kwargs()
+    pattern = pattern_of(tuple(slots))
+    arguments: dict[str, Any] = {
+        "x": x,
+        "coefficients": coefficients,
+        "order": x if order is None else order.contiguous(),
+        "bias": x if bias is None else bias.contiguous(),
+        "table": _table(pattern.period, x.device) if pattern.by_table else x,
+        "out": out,
+        "tokens": tokens,
+        "inner": inner,
+        "features": features,
+        "residual": residual,
+        "size": size,
+        "start": start if order is None else 0,
+        "bucket": bucket_of(optimization_hint(tokens)),
+        "x_outer": outer,
+        "x_inner": stride,
+        "x_feature": x.stride(-1),
+        "c_feature": coefficients.stride(0),
+        "c_residual": coefficients.stride(1),
+        "WIDTH": len(pattern.period),
+        "RUNS": () if pattern.by_table else pattern.runs,
+        "TABLE": pattern.by_table,
+        "SCATTERED": order is not None,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": float32_precision() if x.dtype == torch.float32 else "ieee",
+    }
+    choices = _choices(arguments) if tile is None else (tile,)
     partials = arrivals = out
     splits = max(choice.splits for choice in choices)
     if splits > 1:
@@ -394,32 +383,7 @@ def project(
         tiles = triton.cdiv(tokens, meta["BLOCK_TOKENS"])
         return tiles * triton.cdiv(features, meta["BLOCK_FEATURES"]), meta["SPLITS"]
 
-    wrap(kernel)[grid](
-        x,
-        coefficients,
-        x if order is None else order,
-        x if bias is None else bias,
-        _table(tuple(pattern), x.device) if by_table else x,
-        out,
-        partials,
-        arrivals,
-        tokens,
-        inner,
-        features,
-        residual,
-        size,
-        start if order is None else 0,
-        bucket,
-        outer,
-        stride,
-        x.stride(-1),
-        *coefficients.stride(),
-        WIDTH=len(pattern),
-        RUNS=() if by_table else runs,
-        TABLE=by_table,
-        SCATTERED=order is not None,
-        HAS_BIAS=bias is not None,
-        PRECISION=precision,
-        **config,
-    )
+    kernel = wrap(_tuned if tile is None else _basis_projection)
+    config = {} if tile is None else _config(tile).all_kwargs()
+    kernel[grid](**arguments, partials=partials, arrivals=arrivals, **config)
     return out

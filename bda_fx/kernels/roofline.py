@@ -20,8 +20,9 @@ where bytes counts x, C and y once. An original projection is the case r = 0, so
     speed-up = seconds(r = 0) / seconds(r) ≤ 1 / (1 - r/E)
 
 with either at its own best tile. What the model leaves out: latencies, how far units overlap,
-clocks below the data sheet's under load. These fall on both sides alike as long as the bound is the same;
-a prediction is therefore good for ratios and for choosing what to measure, not for absolute times.
+clocks below the data sheet's under load. These fall on both sides alike as long as the bound is the
+same; a prediction is therefore good for ratios and for choosing what to measure, not for absolute
+times.
 """
 
 from __future__ import annotations

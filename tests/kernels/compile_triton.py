@@ -63,9 +63,15 @@ def compile_for(
     tile: Tile,
     *,
     width: int = 128,
-    bias: bool = True,
+    ones: tuple[str, ...] = ("x_feature", "c_residual"),
+    aligned: bool = True,
+    table: bool = False,
 ) -> Compiled:
-    """The kernel for heads of ``width`` features, with aligned, contiguous tensors."""
+    """The kernel for heads of ``width`` features.
+
+    ``ones`` are the arguments that are 1, which the compiler is told; ``aligned``: all others but
+    counts of tokens are multiples of 16. By default tensors are contiguous.
+    """
     pointee = POINTEES[projection.dtype]
     pointers = {
         **dict.fromkeys(("x", "coefficients", "bias", "out"), pointee),
@@ -73,20 +79,20 @@ def compile_for(
     }  # fmt: skip
     tf32 = projection.tf32 and projection.dtype == torch.float32
     constants: dict[str, Any] = {
-        "WIDTH": width, "RUNS": ((0, projection.basis_size, 0),), "TABLE": False,
-        "SCATTERED": projection.scattered, "HAS_BIAS": bias,
+        "WIDTH": width, "RUNS": ((0, projection.basis_size, 0),), "TABLE": table,
+        "SCATTERED": projection.scattered, "HAS_BIAS": True,
         "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_TOKENS": tile.tokens, "BLOCK_FEATURES": tile.features,
         "BLOCK_RESIDUAL": tile.residual, "SPLITS": tile.splits, "GROUP": kernel.GROUP,
-        "x_feature": 1, "c_residual": 1,
+        **dict.fromkeys(ones, 1),
     }  # fmt: skip
-    signature, aligned = {}, {}
+    signature, divisible = {}, {}
     for place, name in enumerate(kernel._basis_projection.arg_names):
         kind = f"*{pointers[name]}" if name in pointers else "i32"
         signature[name] = "constexpr" if name in constants else kind
-        if name not in constants and name not in ("tokens", "bucket"):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel._basis_projection, signature, constants, aligned)
+        if aligned and name not in constants and name not in ("tokens", "bucket"):
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel._basis_projection, signature, constants, divisible)
     capability = 10 * device.capability[0] + device.capability[1]
     begin = time.perf_counter()
     compiled = triton.compile(

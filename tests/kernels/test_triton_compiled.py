@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from bda_fx.kernels.roofline import Device, Projection, rank
+from bda_fx.kernels.roofline import Device, Projection, Tile, rank
 from tests.kernels.compile_triton import (
     REGISTERS,
     TARGETS,
@@ -24,7 +25,7 @@ PRODUCT = {"A100": "mma.sync", "H100": "wgmma.mma_async", "B200": "tcgen05.mma"}
 targets = pytest.mark.parametrize("device", TARGETS, ids=lambda device: device.name)
 
 
-def compiled(device: Device, projection: Projection, **more: int) -> Compiled:
+def compiled(device: Device, projection: Projection, **more: Any) -> Compiled:
     return compile_for(device, projection, rank(projection, device)[0].tile, **more)
 
 
@@ -85,3 +86,15 @@ def test_float32_is_not_rounded_to_tf32(device: Device) -> None:
     assert not kernel.products
     assert "tf32" not in re.sub(r"//.*", "", kernel.ptx)
     assert_within_limits(kernel, projection, device)
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_nothing_aligned_and_sizes_of_one(scattered: bool, table: bool) -> None:
+    """Arguments that are 1 are constants to the compiler, and no tensors."""
+    projection = replace(V2_LITE, scattered=scattered)
+    tile = Tile(16, 32, 64, 3, 2, splits=1 + table)
+    ones = ("inner", "features", "residual", "size", "start", "x_outer", "x_inner", "c_feature")
+    kernel = compile_for(TARGETS[0], projection, tile, ones=ones, aligned=False, table=table)
+    assert kernel.products
+    assert_within_limits(kernel, projection, TARGETS[0])

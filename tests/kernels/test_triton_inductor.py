@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from bda_fx.kernels import basis_projection_cuda as on_cuda
 from bda_fx.kernels import roofline
 from bda_fx.kernels.basis_projection import basis_projection, project_in_aten
+from bda_fx.kernels.slot_pattern import pattern_of
 from tests.kernels.forms import head
 
 H100 = roofline.data_sheet("H100")
@@ -149,6 +150,28 @@ def test_lowering(
             x = torch.randn(3, tokens, 24)
             torch.testing.assert_close(compiled(x), project(x))
     assert stand_in
+
+
+def test_slots_that_need_a_table_take_the_aten_form(stand_in: list[Tensor]) -> None:
+    """The table would be copied to the device in each call, which CUDA graphs do not take."""
+    slots = [5, 3, 1, -1, 15, 0, 2, 7, 9, 11, 13, 4]
+    assert pattern_of(tuple(slots)).by_table
+    coefficients, x = torch.nn.Parameter(torch.randn(24, 8)), torch.randn(5, 24)
+
+    def project(x: Tensor) -> Tensor:
+        return basis_projection(x, coefficients, None, None, 4, 16, slots)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(project)(x), project(x))
+    assert not stand_in
+
+
+def test_pattern() -> None:
+    pattern = pattern_of((-1, 3, 4, 0, -1, 3, 4, 0))
+    assert pattern == ((-1, 3, 4, 0), ((1, 3, 3), (3, 4, 0)))
+    assert (pattern.spread, pattern.by_table) == (0.75, False)
+    assert pattern_of(head(3, 3) * 2 + (-1,)).runs == ((0, 3, 0), (3, 6, 0))
+    assert pattern_of((-1,) * 4) == ((-1,), ())
 
 
 def test_a_device_that_the_kernel_does_not_serve_is_left_to_inductor() -> None:
