@@ -225,11 +225,11 @@ SPLIT_TOKENS = 256
 """Most tokens with which a sum is split: beyond, the tiles of one wave fill any device."""
 
 
-HELD, HELD_WIDE, HELD_TENSOR_MEMORY = 128, 80, 64
+HELD, HELD_WIDE, HELD_APART = 128, 80, 64
 """Most numbers that a thread may hold of its 255 registers: the second where it gathers (their
 addresses take two registers each) or multiplies float32 (operands take twice the registers); the
-third is for sums that wait in tensor memory (capability 10) and come from there all at once. With
-more the compiler spills; with these it does not (tests/kernels/test_triton_compiled.py)."""
+third where sums lie apart and come all at once, from tensor memory (capability 10) or, of the other
+splits, from L2. With more the compiler spills; with these it does not (``make compile-gpu``)."""
 
 
 def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
@@ -239,7 +239,7 @@ def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
     if projection.tf32 and itemsize == 4:
         shapes = TF32_TILES
     held = HELD_WIDE if projection.gathers or itemsize > 2 else HELD
-    sums = HELD_TENSOR_MEMORY if device.capability[0] == 10 else HELD
+    sums = HELD_APART if device.capability[0] == 10 else HELD
     shapes = tuple(
         tile
         for tile in shapes
@@ -256,6 +256,7 @@ def tiles(projection: Projection, device: Device) -> tuple[Tile, ...]:
             projection.tokens <= SPLIT_TOKENS
             and 2 * _count(projection, tile) <= device.multiprocessors
             and splits * tile.residual <= projection.residual
+            and tile.held(projection.gathers) <= HELD_APART
         )
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ class Compiled:
     shared_memory: int  # bytes
     tensor_memory: int  # columns
     ptx: str
-    seconds: float
 
     @property
     def products(self) -> set[str]:
@@ -94,13 +92,11 @@ def compile_for(
             divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel._basis_projection, signature, constants, divisible)
     capability = 10 * device.capability[0] + device.capability[1]
-    begin = time.perf_counter()
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
-    seconds = time.perf_counter() - begin
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -119,7 +115,6 @@ def compile_for(
         shared_memory=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
         ptx=compiled.asm["ptx"],
-        seconds=seconds,
     )
 
 
@@ -149,7 +144,7 @@ def main() -> None:
                             "scattered": scattered, "tile": asdict(tile),
                             "registers": c.registers, "stack": c.stack,
                             "shared_memory": c.shared_memory, "tensor_memory": c.tensor_memory,
-                            "products": sorted(c.products), "seconds": c.seconds,
+                            "products": sorted(c.products),
                         }
                     )  # fmt: skip
                     print(records[-1], flush=True)
@@ -166,7 +161,6 @@ def main() -> None:
                 str(max(record["registers"] for record in group)),
                 str(sum(record["stack"] > 0 for record in group)),
                 f"{max(record['shared_memory'] for record in group) / 1024:.0f} KiB",
-                f"{sum(record['seconds'] for record in group) / len(group):.1f}",
             ]
         )  # fmt: skip
     origin = provenance(packages=("triton",))
@@ -177,7 +171,7 @@ def main() -> None:
     )
     columns = [
         "target", "dtype", "basis", "tiles", "matrix instructions", "most registers",
-        "tiles that spill", "most shared memory", "seconds each",
+        "tiles that spill", "most shared memory",
     ]  # fmt: skip
     text = (
         f"Written by `python -m tests.kernels.compile_triton`: triton "
