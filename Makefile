@@ -18,7 +18,7 @@ FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantis
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity coverage fuzz clean
+.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu coverage fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,12 +66,21 @@ bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs,
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/coverage.py --quick
+	$(BIN)/python benchmarks/gpu.py --model --quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
 	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.
 bench-fidelity: setup .venv/.quant  ## how exact rewrites are: every table and plot, some two hours
 	for name in $(FIDELITY); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-gpu: setup  ## the GPU kernel against cuBLAS and Inductor, and its tests: needs a GPU
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/gpu.py
+
+compile-gpu: setup  ## the GPU kernel as predicted and compiled for GPUs that are not here, ten minutes
+	$(BIN)/python benchmarks/gpu.py --model
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.compile_triton
 
 coverage: setup  ## which attentions of which architecture are found
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
