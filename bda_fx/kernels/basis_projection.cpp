@@ -39,19 +39,9 @@
 #include <immintrin.h>
 #endif
 
-// ThreadSanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
 #if defined(__SANITIZE_THREAD__)
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-#define THREADS_START(tag) __tsan_release(tag)
-#define THREAD_BEGINS(tag) __tsan_acquire(tag)
-#define THREAD_ENDS(tag) __tsan_release(tag)
-#define THREADS_JOINED(tag) __tsan_acquire(tag)
-#else
-#define THREADS_START(tag)
-#define THREAD_BEGINS(tag)
-#define THREAD_ENDS(tag)
-#define THREADS_JOINED(tag)
+#include <thread>
+#include <vector>
 #endif
 
 namespace {
@@ -68,6 +58,22 @@ constexpr int64_t BLOCK_BYTES = 256 << 10; // of A: with a panel and C it stays 
 // errors, and their part of a panel stays in the L1 cache; rounding to 16 bits hides them anyway.
 template <typename T>
 constexpr int64_t RUN = sizeof(T) == 4 ? 128 : 512;
+
+// body(begin, end) for parts of 0 … tasks, one for each thread.
+template <typename Body>
+void share(int64_t tasks, const Body& body) {
+#if defined(__SANITIZE_THREAD__)
+  // The sanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
+  const int64_t part = (tasks + at::get_num_threads() - 1) / at::get_num_threads();
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < tasks; begin += part) {
+    threads.emplace_back([&body, begin, end = std::min(begin + part, tasks)] { body(begin, end); });
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  at::parallel_for(0, tasks, 1, body);
+#endif
+}
 
 // -- memory of a thread ---------------------------------------------------------------------------
 
@@ -337,9 +343,7 @@ class Projection {
   void run() {
     const int64_t panels = (features_ + PANEL - 1) / PANEL;
     const int64_t blocks = (tokens_ + block_ - 1) / block_;
-    THREADS_START(this);
-    at::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-      THREAD_BEGINS(this);
+    share(blocks * panels, [&](int64_t begin, int64_t end) {
       int64_t gathered = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / panels, panel = task % panels;
@@ -348,9 +352,7 @@ class Projection {
         multiply(block, panel);
       }
       if (brgemm_) blas::brgemm_release(pairs_);
-      THREAD_ENDS(this);
     });
-    THREADS_JOINED(this);
   }
 
  private:
