@@ -21,6 +21,8 @@ from bda_fx.estimate_shares import estimate_shares
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
+from bda_fx.passes.derived_inputs import Computed
+from bda_fx.passes.emit_projection import ChooseSpelling, always_aten
 from bda_fx.passes.find_folds import find_folds
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
@@ -58,6 +60,8 @@ class Outcome:
     """Keys of tensors that depend on the plan alone, not on the weights."""
     constants: Constants | None = None
     """How the weights that the plan reads follow from the original placeholders."""
+    computed: dict[str, Computed] = field(default_factory=dict)
+    """How tensors that are made of other derived ones follow from these (packed weights)."""
     roots: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Placeholders of each linear weight, where caches are opaque."""
 
@@ -123,10 +127,12 @@ def transform(
     *,
     fixed_rows: bool,
     calibration: Sequence[Sequence[Any]] | None = None,
+    spelling: ChooseSpelling = always_aten,
 ) -> Outcome:
     """The whole pipeline on a canonical program, in place.
 
     ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
+    ``spelling`` chooses between plain ATen, which every exporter knows, and the operator.
     """
     plan = find_and_plan(program, options, calibration, 1.0 if fixed_rows else REUSE)
     roots = {}
@@ -142,7 +148,9 @@ def transform(
         values = constants.evaluate(program.tensors)
         transformed = transform_weights(plan, values, use_planned_rows=True)
     with step("rewrite graph"):
-        rewritten = rewrite_graph(program, plan, transformed.tensors, fixed_rows=fixed_rows)
+        rewritten = rewrite_graph(
+            program, plan, transformed.tensors, fixed_rows=fixed_rows, spelling=spelling
+        )
     with step("restore spellings"):
         restore_spellings(program)
     with step("renew values"):
@@ -150,6 +158,7 @@ def transform(
     with step("check graph"):
         check_graph(program)
     tensors = {**transformed.tensors, **rewritten.constants}
+    tensors.update({key: make(tensors) for key, make in rewritten.computed.items()})
     return Outcome(
         program,
         plan,
@@ -157,5 +166,6 @@ def transform(
         rewritten.inputs,
         frozenset(rewritten.constants),
         constants,
+        rewritten.computed,
         roots,
     )

@@ -39,19 +39,9 @@
 #include <immintrin.h>
 #endif
 
-// ThreadSanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
 #if defined(__SANITIZE_THREAD__)
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-#define THREADS_START(tag) __tsan_release(tag)
-#define THREAD_BEGINS(tag) __tsan_acquire(tag)
-#define THREAD_ENDS(tag) __tsan_release(tag)
-#define THREADS_JOINED(tag) __tsan_acquire(tag)
-#else
-#define THREADS_START(tag)
-#define THREAD_BEGINS(tag)
-#define THREAD_ENDS(tag)
-#define THREADS_JOINED(tag)
+#include <thread>
+#include <vector>
 #endif
 
 namespace {
@@ -60,8 +50,30 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t PANEL = 64; // four vectors of 16 floats: what a register block of brgemm is wide
 constexpr int64_t ALIGN = 64; // bytes of a cache line and of the widest vector
-constexpr int64_t MAX_TOKENS = 128; // of a block: beyond, a panel from the L2 cache is reused enough
+constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
+constexpr int64_t TOKENS_MULTIPLE = 6; // rows of brgemm's register block with four vectors across
 constexpr int64_t BLOCK_BYTES = 256 << 10; // of A: with a panel and C it stays within an L2 cache
+
+// Products that are summed before they are added to what is there. For float32 short sums have small
+// errors, and their part of a panel stays in the L1 cache; rounding to 16 bits hides them anyway.
+template <typename T>
+constexpr int64_t RUN = sizeof(T) == 4 ? 128 : 512;
+
+// body(begin, end) for parts of 0 … tasks, one for each thread.
+template <typename Body>
+void share(int64_t tasks, const Body& body) {
+#if defined(__SANITIZE_THREAD__)
+  // The sanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
+  const int64_t part = (tasks + at::get_num_threads() - 1) / at::get_num_threads();
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < tasks; begin += part) {
+    threads.emplace_back([&body, begin, end = std::min(begin + part, tasks)] { body(begin, end); });
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  at::parallel_for(0, tasks, 1, body);
+#endif
+}
 
 // -- memory of a thread ---------------------------------------------------------------------------
 
@@ -142,6 +154,17 @@ class Features {
 
   int64_t count() const { return count_; }
 
+  // Whether the features are one range, which begins with the first one.
+  bool consecutive() const {
+    const auto& [one, two] = ranges_;
+    return list_ == nullptr && (one.first == one.second || two.first == two.second);
+  }
+
+  int64_t first() const {
+    const auto& [one, two] = ranges_;
+    return one.first < one.second ? one.first : two.first;
+  }
+
   // out[i] = row[feature i · stride]. May write up to a vector beyond the last one.
   template <typename T>
   void pick(const T* row, int64_t stride, T* out) const {
@@ -203,6 +226,13 @@ class Rows {
         dims_.emplace_back(size, stride);
       }
     }
+  }
+
+  // Elements from one token to the next where that is always the same, else 0. A lone token may
+  // have any: ``features``.
+  int64_t step(int64_t features) const {
+    if (dims_.empty()) return features;
+    return dims_.size() == 1 ? dims_[0].second : 0;
   }
 
   int64_t offset(int64_t token) const {
@@ -291,21 +321,29 @@ class Projection {
         pairs_(packed.dim() == 4),
         inner_(pairs_ ? 2 * packed.size(1) : packed.size(1)),
         brgemm_(at::globalContext().userEnabledMkldnn() && has_brgemm<P>()) {
+    constexpr int64_t some = TOKENS_MULTIPLE;
     const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
-    const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / row / 16 * 16, 16, MAX_TOKENS);
+    const int64_t most = std::clamp(BLOCK_BYTES / row / some * some, some, TOKENS);
     const int64_t blocks = (tokens_ + most - 1) / most;
-    if (blocks > 0) block_ = ((tokens_ + blocks - 1) / blocks + 15) / 16 * 16;
+    if (blocks > 0) block_ = ((tokens_ + blocks - 1) / blocks + some - 1) / some * some;
+    const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
+    run_ = round_up<P>((inner_ + runs - 1) / runs);
     // Compressed rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
     basis_stride_ = round_up<float>(basis_.count()) + lanes<float>();
+    const int64_t step = stride_ == 1 ? rows_.step(x.size(-1)) : 0;
+    if (step >= x.size(-1) && std::is_same_v<T, P>) {
+      rest_in_place_ = inner_ == rest_.count() && rest_.consecutive();
+      basis_in_place_ = std::is_same_v<T, float> && basis_.consecutive();
+      if (rest_in_place_) rest_stride_ = step;
+      if (basis_in_place_) basis_stride_ = step;
+    }
   }
 
   void run() {
     const int64_t panels = (features_ + PANEL - 1) / PANEL;
     const int64_t blocks = (tokens_ + block_ - 1) / block_;
-    THREADS_START(this);
-    at::parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-      THREAD_BEGINS(this);
+    share(blocks * panels, [&](int64_t begin, int64_t end) {
       int64_t gathered = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / panels, panel = task % panels;
@@ -314,9 +352,7 @@ class Projection {
         multiply(block, panel);
       }
       if (brgemm_) blas::brgemm_release(pairs_);
-      THREAD_ENDS(this);
     });
-    THREADS_JOINED(this);
   }
 
  private:
@@ -327,18 +363,36 @@ class Projection {
 
   int64_t tokens_of(int64_t block) const { return std::min(block_, tokens_ - block * block_); }
 
+  // Rows of x_R and of x_B in float32 for a block of tokens: x itself, or what ``gather`` packed.
+  const P* rest(int64_t block) const {
+    if constexpr (std::is_same_v<T, P>) {
+      if (rest_in_place_) return x_ + rows_.offset(block * block_) + rest_.first();
+    }
+    return buffers().rest.get<P>(block_ * rest_stride_);
+  }
+
+  const float* basis(int64_t block) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (basis_in_place_) return x_ + rows_.offset(block * block_) + basis_.first();
+    }
+    return buffers().basis.get<float>(block_ * basis_stride_);
+  }
+
   // x_R and x_B of a block of tokens, to the buffers of this thread.
   void gather(int64_t block) {
-    P* rest = buffers().rest.get<P>(block_ * rest_stride_);
-    float* basis = buffers().basis.get<float>(block_ * basis_stride_);
+    if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
+    P* rest = rest_in_place_ ? nullptr : buffers().rest.get<P>(block_ * rest_stride_);
+    float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
     const int64_t widest = std::max(rest_.count(), basis_.count());
     T* row = buffers().row.get<T>(round_up<T>(widest) + lanes<T>());
     for (int64_t m = 0; m < tokens_of(block); ++m) {
       const T* from = x_ + rows_.offset(block * block_ + m);
-      pick(rest_, from, row, rest + m * rest_stride_);
-      // A row of coefficients is padded with zeros, which must not meet an infinity.
-      for (int64_t i = rest_.count(); i < inner_; ++i) rest[m * rest_stride_ + i] = P(0);
-      pick(basis_, from, row, basis + m * basis_stride_);
+      if (!rest_in_place_) {
+        pick(rest_, from, row, rest + m * rest_stride_);
+        // A row of coefficients is padded with zeros, which must not meet an infinity.
+        for (int64_t i = rest_.count(); i < inner_; ++i) rest[m * rest_stride_ + i] = P(0);
+      }
+      if (!basis_in_place_) pick(basis_, from, row, basis + m * basis_stride_);
     }
   }
 
@@ -353,7 +407,7 @@ class Projection {
   }
 
   // The outputs of one panel for one block of tokens, from what was gathered.
-  void multiply(int64_t block, int64_t panel) {
+  void multiply(int64_t block, int64_t panel) const {
     const int64_t m = tokens_of(block), first = panel * PANEL;
     const int64_t n = std::min(PANEL, features_ - first);
     T* y = y_ + block * block_ * features_ + first;
@@ -363,48 +417,76 @@ class Projection {
       sums = y;
       stride = features_;
     }
-    const bool add = start(sums, stride, m, first, n);
     if (inner_ > 0) {
-      multiply_add(m, n, packed_ + panel * inner_ * PANEL, add, sums, stride);
+      multiply(rest(block), m, n, packed_ + panel * inner_ * PANEL, sums, stride);
+    } else {
+      for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * stride, n, 0.0f);
     }
-    if constexpr (!std::is_same_v<T, float>) {
-      for (int64_t i = 0; i < m; ++i) at::vec::convert(sums + i * PANEL, y + i * features_, n);
-    }
-  }
-
-  // sums [m, n] = spread(x_B) + b for the outputs from ``first`` on. False where both are nothing,
-  // and then sums are left as they are if a product follows.
-  bool start(float* sums, int64_t stride, int64_t m, int64_t first, int64_t n) const {
     float bias[PANEL] = {};
     if (bias_ != nullptr) at::vec::convert(bias_ + first, bias, n);
-    const float* basis = buffers().basis.get<float>(block_ * basis_stride_);
+    const float* features = basis(block);
     const int64_t width = slots_.size();
-    bool empty = bias_ == nullptr && inner_ > 0;
-    for (int64_t a = 0; a < n && empty; ++a) empty = slots_[(first + a) % width] < 0;
-    if (empty) return false;
-    for (int64_t a = 0, b = 0; a < n; a = b) { // stretches of consecutive slots, or of none
-      const int64_t slot = slots_[(first + a) % width];
-      const int64_t step = slot < 0 ? 0 : 1;
-      for (b = a + 1; b < n && slots_[(first + b) % width] == slot + (b - a) * step; ++b) {}
+    for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+      const int64_t slot = slots_[(first + begin) % width];
+      const int64_t step = slot < 0 ? 0 : 1; // a stretch of consecutive slots, or of none
+      for (end = begin + 1; end < n; ++end) {
+        if (slots_[(first + end) % width] != slot + (end - begin) * step) break;
+      }
+      if (std::is_same_v<T, float> && slot < 0 && bias_ == nullptr) continue;
       for (int64_t i = 0; i < m; ++i) {
-        float* to = sums + i * stride + a;
-        const float* from = basis + i * basis_stride_ + slot;
-        if (slot < 0) {
-          std::copy_n(bias + a, b - a, to);
-        } else {
-          for (int64_t j = 0; j < b - a; ++j) to[j] = bias[a + j] + from[j];
-        }
+        const float* sum = sums + i * stride + begin;
+        const float* identity = slot < 0 ? nullptr : features + i * basis_stride_ + slot;
+        finish(sum, identity, bias + begin, y + i * features_ + begin, end - begin);
       }
     }
-    return true;
   }
 
-  // sums [m, n] (+)= A [m, K] × panel [K, n]
-  void multiply_add(
-      int64_t m, int64_t n, const P* panel, bool add, float* sums, int64_t stride) const {
-    const P* a = buffers().rest.get<P>(block_ * rest_stride_);
+  static at::vec::Vectorized<T> narrow(
+      const at::vec::Vectorized<float>& low, const at::vec::Vectorized<float>& high) {
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+#if defined(__AVX512BF16__)
+      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#endif
+      return at::vec::convert_float_bfloat16(low, high);
+    } else {
+      return at::vec::convert_float_half(low, high);
+    }
+  }
+
+  // y [n] = sums + identity + bias, rounded once.
+  static void finish(
+      const float* sums, const float* identity, const float* bias, T* y, int64_t n) {
+    using Wide = at::vec::Vectorized<float>;
+    const auto add = [&](int64_t at, int64_t count) {
+      const Wide sum = Wide::loadu(sums + at, count) + Wide::loadu(bias + at, count);
+      return identity == nullptr ? sum : sum + Wide::loadu(identity + at, count);
+    };
+    constexpr int64_t wide = Wide::size();
+    int64_t at = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      for (; at + wide <= n; at += wide) add(at, wide).store(y + at);
+      if (at < n) add(at, n - at).store(y + at, n - at);
+    } else {
+      for (; at + 2 * wide <= n; at += 2 * wide) {
+        narrow(add(at, wide), add(at + wide, wide)).store(y + at);
+      }
+      if (at < n) {
+        const int64_t one = std::min(wide, n - at), two = n - at - one;
+        const Wide low = add(at, one), high = two > 0 ? add(at + wide, two) : Wide(0.0f);
+        narrow(low, high).store(y + at, n - at);
+      }
+    }
+  }
+
+  // sums [m, n] = A [m, K] × panel [K, n]
+  void multiply(
+      const P* a, int64_t m, int64_t n, const P* panel, float* sums, int64_t stride) const {
     if (brgemm_) {
-      blas::brgemm(m, n, inner_, rest_stride_, PANEL, stride, add, a, panel, sums, pairs_);
+      for (int64_t k = 0; k < inner_; k += run_) {
+        blas::brgemm(
+            m, n, std::min(run_, inner_ - k), rest_stride_, PANEL, stride, k > 0, a + k,
+            panel + k * PANEL, sums, pairs_);
+      }
       return;
     }
     const float *left = nullptr, *right = nullptr;
@@ -414,7 +496,9 @@ class Projection {
     } else { // oneDNN was switched off after packing
       float* wide = buffers().panel.get<float>(m * rest_stride_ + inner_ * PANEL);
       left = wide;
-      at::vec::convert(a, wide, m * rest_stride_);
+      for (int64_t i = 0; i < m; ++i) {
+        at::vec::convert(a + i * rest_stride_, wide + i * rest_stride_, inner_);
+      }
       right = wide += m * rest_stride_;
       for (int64_t k = 0; k < inner_; ++k) {
         for (int64_t j = 0; j < PANEL; ++j) {
@@ -429,7 +513,7 @@ class Projection {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor total = matrix(sums, m, n, stride);
     at::addmm_out(
-        total, total, matrix(left, m, inner_, rest_stride_), matrix(right, inner_, n, PANEL), add, 1);
+        total, total, matrix(left, m, inner_, rest_stride_), matrix(right, inner_, n, PANEL), 0, 1);
   }
 
   const T* x_;
@@ -445,6 +529,8 @@ class Projection {
   bool pairs_;
   int64_t inner_; // rows of a panel: E - r, made even for pairs
   bool brgemm_;
+  bool rest_in_place_ = false, basis_in_place_ = false; // read from x where it is
+  int64_t run_ = 1; // products that are summed before they are added to what is there
   int64_t block_ = 1; // tokens
   int64_t rest_stride_ = 0, basis_stride_ = 0;
 };

@@ -58,7 +58,7 @@ def _load() -> bool:
 def build_kernel(flags: Sequence[str] = ()) -> Path:
     """The library's path, compiled if it is not in the cache.
 
-    ``flags`` are more flags for the compiler, each without its hyphen, as Inductor keeps them.
+    ``flags`` are more flags for the compiler.
 
     Raises:
         RuntimeError, OSError: no compiler, or it failed; the message holds its output.

@@ -7,8 +7,8 @@ Packing pays once where weights are used often, so a compiled graph reads packed
 are derived weights like others: computed from the parameters and recomputed when these change. The
 operator on plain coefficients packs them at each call.
 
-Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64, K, 64], or in pairs
-of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
+Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64, K, 64], or in
+pairs of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
 multiply are packed in float32, which multiplies them exactly.
 
 Inference only. Without the compiled kernel it unpacks and decomposes.
@@ -129,9 +129,7 @@ def _project_on_cpu(
         return project_in_aten(x, coefficients, order, bias, start, size, slots)
     check_arguments(x, coefficients, order, bias, start, size, slots)
     out_features = coefficients.shape[0]
-    return packed_projection(
-        x, pack(coefficients), order, bias, start, size, slots, out_features
-    )
+    return packed_projection(x, pack(coefficients), order, bias, start, size, slots, out_features)
 
 
 library.impl("basis_projection", _project_on_cpu, "CPU")
