@@ -7,6 +7,7 @@ belongs to the graph; basis rows are inputs. Whatever goes wrong, the original g
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import warnings
@@ -211,8 +212,8 @@ def _inner_compiler(
             raise OptionError(
                 f'inner="torch_tensorrt" needs that package ({error}): pip install torch-tensorrt'
             ) from error
-        tensorrt, settings = lookup_backend(options.inner), dict(options.inner_options)
-        return lambda module, inputs: tensorrt(module, inputs, options=settings)
+        settings = {"options": dict(options.inner_options)}
+        return functools.partial(lookup_backend(options.inner), **settings)
     return lookup_backend(options.inner)
 
 

@@ -103,17 +103,19 @@ def export_onnx(
         identity = identify_model(pair.original, pair.options, command, packages)
         original = staging.scratch / "original.onnx"
         write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
-        details = {"opset": write_onnx(
-            pair.rewritten, staging.path, dynamic_shapes, opset, external_data,
-            metadata={
-                "bda_fx.identity": json.dumps(identity, default=str),
-                "bda_fx.report": json.dumps(pair.report.to_dict(), default=str),
-                "bda_fx.summary": pair.report.summary(),
-            },
-        )}  # fmt: skip
+        metadata = {
+            "bda_fx.identity": json.dumps(identity, default=str),
+            "bda_fx.report": json.dumps(pair.report.to_dict(), default=str),
+            "bda_fx.summary": pair.report.summary(),
+        }
+        model = write_onnx(
+            pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
+        )
+        details: dict[str, Any] = {"opset": model.opset_imports[""]}
         from bda_fx.exporters.check_onnx import check_onnx, weight_bytes
 
-        fidelity, timings = None, ()
+        fidelity: Fidelity | None = None
+        timings: tuple[Timing, ...] = ()
         if check:
             details |= check_onnx(pair, original, staging)
             fidelity, timings = _prove_and_time(
@@ -146,8 +148,8 @@ def write_onnx(
     external_data: bool | None,
     metadata: Mapping[str, str] | None = None,
     broadcast: bool = False,
-) -> int:
-    """Translate ``program`` and save it; the operator set of the result.
+) -> ir.Model:
+    """Translate ``program``, save it and return it.
 
     ``broadcast`` keeps the broadcast sums of the rewritten form (see ``spell_sums``).
 
@@ -172,7 +174,7 @@ def write_onnx(
     model.metadata_props.update(metadata or {})
     large = _bytes(model) > EXTERNAL_FROM if external_data is None else external_data
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)
-    return model.opset_imports[""]
+    return model
 
 
 def _bytes(model: ir.Model) -> int:

@@ -1,8 +1,8 @@
 """Time single sites in ONNX Runtime: the original projection against its rewritten form.
 
-    original     y = x W + b                                                      x [n, E], y [n, F]
-    rewritten    x_B, x_R = split(x),  y = x_R C + b + concat(x_B, …, x_B)                 per head
-    outputs      y = concat(Σ_h z_h[:r], z C) + b                                 (O, on its own side)
+    original     y = x W + b                                            x [n, E], y [n, F]
+    rewritten    x_B, x_R = split(x),  y = x_R C + b + concat(x_B, …, x_B)        per head
+    outputs      y = concat(Σ_h z_h[:r], z C) + b                     O, on its own side
 
 Random values: what a matrix product costs does not depend on them. A site that is not faster than
 what it replaces is better left as it is: it would save bytes and cost time.
@@ -10,14 +10,15 @@ what it replaces is better left as it is: it would save bytes and cost time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from bda_fx.exporters.exported import Timing
@@ -54,18 +55,7 @@ def time_sites(program: ExportedProgram, report: Report, threads: int = 0) -> tu
             continue
         if kind not in measured:
             measured[kind] = _time(kind, threads)
-        found = measured[kind]
-        name = f"{site.name} ({site.product})"
-        timings.append(
-            Timing(
-                name,
-                found.original_ms,
-                found.rewritten_ms,
-                found.speedup,
-                found.interval,
-                found.pairs,
-            )
-        )
+        timings.append(replace(measured[kind], name=f"{site.name} ({site.product})"))
     return tuple(timings)
 
 
@@ -95,19 +85,22 @@ def _kind(program: ExportedProgram, site: SiteReport) -> Kind | None:
 def _rows(program: ExportedProgram, weight: str) -> int | None:
     """Rows of x of the linear that reads a weight, at the sizes of the export's example."""
     names = program.graph_signature.inputs_to_parameters
-    (node,) = [n for n in program.graph.find_nodes(op="placeholder")
-               if names.get(n.name) == weight][:1] or [None]  # fmt: skip
-    while node is not None and node.op == "placeholder" or node is not None and node.users:
+    holders = [n for n in program.graph.find_nodes(op="placeholder") if names.get(n.name) == weight]
+    if not holders:
+        return None
+    node = holders[0]
+    while node.users:  # through transposes and other moves of the weight
         user = next(iter(node.users))
-        others = [a for a in user.args if hasattr(a, "meta") and a is not node]
-        shapes = [a.meta["val"].shape for a in others if isinstance(a.meta.get("val"), Tensor)]
+        others = [a for a in user.all_input_nodes if a is not node and "val" in a.meta]
+        shapes = [a.meta["val"].shape for a in others if isinstance(a.meta["val"], Tensor)]
         if shapes and len(shapes[0]) >= 2:
-            total = 1
-            for size in shapes[0][:-1]:
-                total *= int(size.node.hint) if hasattr(size, "node") else int(size)
-            return total
-        node = user if len(node.users) == 1 else None
+            return math.prod(_example_size(size) for size in shapes[0][:-1])
+        node = user
     return None
+
+
+def _example_size(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, SymInt) else int(size)
 
 
 def _time(kind: Kind, threads: int) -> Timing:
@@ -115,7 +108,7 @@ def _time(kind: Kind, threads: int) -> Timing:
     x = random.standard_normal((kind.tokens, kind.in_features))
     feeds = {"x": x.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.dtype))}
     both = [_session(text, shapes, kind, threads) for text, shapes in (_original(kind), _new(kind))]
-    original, rewritten = (lambda s=s: s.run(None, feeds) for s in both)  # type: ignore[misc]
+    original, rewritten = (lambda s=s: s.run(None, feeds) for s in both)
     return time_pairs("", original, rewritten, SECONDS)
 
 

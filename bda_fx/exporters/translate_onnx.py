@@ -43,7 +43,8 @@ def translate_onnx(
             output_names=output_names(program),
         )
     assert translated is not None
-    translated.rename_axes(axis_names(program, dynamic_shapes))
+    names = axis_names(program, dynamic_shapes)
+    translated.rename_axes(dict(names.items()))
     model = translated.model
     _forget(model)
     return model
@@ -132,16 +133,15 @@ def _asked_name(given: Any, axis: int) -> str | None:
 
 def _forget(model: ir.Model) -> None:
     """Drop the translator's notes."""
-    for graph in (model.graph, *model.functions.values()):
-        graph.metadata_props.clear()
-        for value in (*graph.inputs, *graph.outputs):
-            value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):
             node.metadata_props.clear()
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
-    for value in model.graph.initializers.values():
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
 
 
