@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bda_fx.assemble_program import constant_bytes
-from bda_fx.exporters.exported import Exported, ExportError, Timing
+from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.place_output import place_output, require_space
 from bda_fx.exporters.prove import Run, prove
@@ -132,10 +132,9 @@ def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str,
     except (OSError, KeyboardInterrupt):
         raise
     except Exception as error:  # a C++ compiler, Triton and Inductor, each with errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"AOTInductor does not compile the program: {type(error).__name__}: {reason}; it needs "
-            "a C++ compiler (CXX), and Triton for a GPU"
+            f"AOTInductor does not compile the program: {root_cause(error)}; it needs a C++ "
+            "compiler (CXX), and Triton for a GPU"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from bda_fx.exporters.exported import Exported, ExportError, Timing
+from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.place_output import Staging, place_output, require_space
 from bda_fx.exporters.prove import prove
@@ -164,10 +164,9 @@ def write_onnx(
     try:
         model = translate_onnx(program, dynamic_shapes, opset)
     except Exception as error:  # the translator wraps whatever a node's function raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"torch.onnx does not translate the program: {reason}; torch.onnx.export(program, "
-            "report=True) shows the op"
+            f"torch.onnx does not translate the program: {root_cause(error)}; "
+            "torch.onnx.export(program, report=True) shows where"
         ) from error
     if not broadcast:
         model = spell_sums(model)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from bda_fx.exporters.exported import ExportError
+from bda_fx.exporters.exported import ExportError, root_cause
 from bda_fx.generate_inputs import Inputs
 
 LEVELS = {
@@ -58,7 +58,7 @@ class Session:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # its classes share no base but Exception
             raise ExportError(
-                f"ONNX Runtime {onnxruntime.__version__} does not load the model: {_line(error)}; "
+                f"ONNX Runtime {onnxruntime.__version__} does not load the model: {root_cause(error)}; "
                 "export in float32 or float16, or pass check=False if it is meant for another "
                 "runtime"
             ) from error
@@ -91,7 +91,7 @@ class Session:
             return self.session.run(None, feeds)
         except Exception as error:
             raise ExportError(
-                f"the model fails in ONNX Runtime {onnxruntime.__version__}: {_line(error)}; pass "
+                f"the model fails in ONNX Runtime {onnxruntime.__version__}: {root_cause(error)}; pass "
                 "inputs= that it takes, or check=False if it is meant for another runtime"
             ) from error
 
@@ -118,7 +118,3 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
             )
         return value.detach().cpu().contiguous().numpy()
     return np.asarray(value)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -51,7 +51,9 @@ class ConcatenateGroups(RewriteRuleClassBase):
 def spell_sums(model: ir.Model) -> ir.Model:
     """Apply the rule wherever it holds, and drop what nobody reads any more."""
     rules = RewriteRuleSet([ConcatenateGroups.rule(), reshape_reshape_rule])
-    return rewrite(model, pattern_rewrite_rules=rules)
+    model = rewrite(model, pattern_rewrite_rules=rules)
+    model.graph.sort()  # a new node may read a shape that is computed further down
+    return model
 
 
 def basis_sums(model: ir.Model) -> list[str]:
