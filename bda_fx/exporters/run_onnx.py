@@ -58,9 +58,9 @@ class Session:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # its classes share no base but Exception
             raise ExportError(
-                f"ONNX Runtime {onnxruntime.__version__} does not load the model: {root_cause(error)}; "
-                "export in float32 or float16, or pass check=False if it is meant for another "
-                "runtime"
+                f"ONNX Runtime {onnxruntime.__version__} does not load the model: "
+                f"{root_cause(error)}; export in float32 or float16, or pass check=False if it is "
+                "meant for another runtime"
             ) from error
         self.program = program
         self.names = [value.name for value in self.session.get_inputs()]
@@ -91,8 +91,9 @@ class Session:
             return self.session.run(None, feeds)
         except Exception as error:
             raise ExportError(
-                f"the model fails in ONNX Runtime {onnxruntime.__version__}: {root_cause(error)}; pass "
-                "inputs= that it takes, or check=False if it is meant for another runtime"
+                f"the model fails in ONNX Runtime {onnxruntime.__version__}: "
+                f"{root_cause(error)}; pass inputs= that it takes, or check=False if it is meant "
+                "for another runtime"
             ) from error
 
 
