@@ -101,6 +101,8 @@ def export_onnx(
             )
         packages = ("onnx", "onnxscript", "onnxruntime")
         identity = identify_model(pair.original, pair.options, command, packages)
+        from bda_fx.exporters.measure_onnx import weight_bytes
+
         original = staging.scratch / "original.onnx"
         write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
         metadata = {
@@ -112,11 +114,12 @@ def export_onnx(
             pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
         )
         details: dict[str, Any] = {"opset": model.opset_imports[""]}
-        from bda_fx.exporters.check_onnx import check_onnx, weight_bytes
 
         fidelity: Fidelity | None = None
         timings: tuple[Timing, ...] = ()
         if check:
+            from bda_fx.exporters.check_onnx import check_onnx
+
             details |= check_onnx(pair, original, staging)
             fidelity, timings = _prove_and_time(
                 pair, original, staging, inputs, budget, measure, threads
@@ -159,7 +162,7 @@ def write_onnx(
     import onnx_ir as ir
 
     from bda_fx.exporters.spell_sums import spell_sums
-    from bda_fx.exporters.translate_onnx import translate_onnx
+    from bda_fx.exporters.translate_onnx import drop_notes, translate_onnx
 
     try:
         model = translate_onnx(program, dynamic_shapes, opset)
@@ -170,6 +173,7 @@ def write_onnx(
         ) from error
     if not broadcast:
         model = spell_sums(model)
+    drop_notes(model)
     model.metadata_props.update(metadata or {})
     large = _bytes(model) > EXTERNAL_FROM if external_data is None else external_data
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)

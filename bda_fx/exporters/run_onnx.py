@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from torch import Tensor
@@ -95,19 +94,6 @@ class Session:
                 f"{root_cause(error)}; pass inputs= that it takes, or check=False if it is meant "
                 "for another runtime"
             ) from error
-
-
-def initializer_bytes(path: Path) -> dict[str, int]:
-    """Bytes of every weight and constant of an ONNX file by name; external data is not loaded."""
-    model = onnx.load(str(path), load_external_data=False)
-    sizes = {}
-    for tensor in model.graph.initializer:
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        sizes[tensor.name] = int(np.prod(tensor.dims, dtype=np.int64)) * width
-    for node in model.graph.node:  # a fold may have left its result as an attribute
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            sizes[node.output[0]] = attribute.ByteSize()
-    return sizes
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:

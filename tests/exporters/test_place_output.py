@@ -36,9 +36,13 @@ def test_files_appear_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
 def test_nothing_is_left_behind(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), place_output(tmp_path / "a", overwrite=False) as staging:
-        staging.path.write_text("half")
-        raise error
+    def fail() -> None:
+        with place_output(tmp_path / "a", overwrite=False) as staging:
+            staging.path.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert contents(tmp_path) == {}
 
 
@@ -69,7 +73,7 @@ def test_what_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(ExportError, match="no space left in .*: make room, or give a path"):
+    with pytest.raises(ExportError, match=r"no space left in .*: make room, or give a path"):
         write(tmp_path / "a", overwrite=True)
     assert contents(tmp_path) == {"a": "old", "a.data": "old"}
 
@@ -91,12 +95,13 @@ def test_bad_places(tmp_path: Path) -> None:
     ],
 )
 def test_errors_of_the_file_system_say_what_to_do(tmp_path: Path, code: int, text: str) -> None:
-    with (
-        pytest.raises(ExportError, match=text),
-        place_output(tmp_path / "a", overwrite=False) as staging,
-    ):
-        staging.path.write_text("half")
-        raise OSError(code, os.strerror(code))
+    def fail() -> None:
+        with place_output(tmp_path / "a", overwrite=False) as staging:
+            staging.path.write_text("half")
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(ExportError, match=text):
+        fail()
     assert contents(tmp_path) == {}
 
 
