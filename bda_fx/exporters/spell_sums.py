@@ -34,12 +34,11 @@ class ConcatenateGroups(RewriteRuleClassBase):
     def pattern(self, op: Any, y: Any, x: Any, grouped: Any, axes: Any) -> Any:
         return op.Add(op.Reshape(y, grouped, _outputs=["y_groups"]), op.Unsqueeze(x, axes))
 
-    def check(self, context: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, **_: Any) -> bool:
-        return _groups(y, x, y_groups) is not None
+    def check(self, context: Any, **found: ir.Value) -> bool:
+        return _groups(found["y"], found["x"], found["y_groups"]) is not None
 
-    def rewrite(
-        self, op: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, grouped: ir.Value, **_: Any
-    ) -> Any:
+    def rewrite(self, op: Any, **found: ir.Value) -> Any:
+        y, x, y_groups, grouped = (found[n] for n in ("y", "x", "y_groups", "grouped"))
         reshape = y_groups.producer()
         assert reshape is not None
         return op.Reshape(_flat_sum(op, y, x, y_groups), grouped, **dict(reshape.attributes))
@@ -48,18 +47,19 @@ class ConcatenateGroups(RewriteRuleClassBase):
 class ConcatenateFlatGroups(ConcatenateGroups):
     """The same where the sum is made flat again: then no reshape is left."""
 
-    def pattern(self, op: Any, y: Any, x: Any, grouped: Any, axes: Any, flat: Any) -> Any:
+    def pattern(  # type: ignore[override]  # the engine calls it with its own parameters
+        self, op: Any, y: Any, x: Any, grouped: Any, axes: Any, flat: Any
+    ) -> Any:
         total = super().pattern(op, y, x, grouped, axes)
         return op.Reshape(total, flat, _outputs=["whole"])
 
-    def check(
-        self, context: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, whole: ir.Value, **_: Any
-    ) -> bool:
+    def check(self, context: Any, **found: ir.Value) -> bool:
+        y, x, y_groups, whole = (found[n] for n in ("y", "x", "y_groups", "whole"))
         alike = whole.shape is not None and y.shape is not None and whole.shape == y.shape
         return alike and _groups(y, x, y_groups) is not None
 
-    def rewrite(self, op: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, **_: Any) -> Any:
-        return _flat_sum(op, y, x, y_groups)
+    def rewrite(self, op: Any, **found: ir.Value) -> Any:
+        return _flat_sum(op, found["y"], found["x"], found["y_groups"])
 
 
 def spell_sums(model: ir.Model) -> ir.Model:
