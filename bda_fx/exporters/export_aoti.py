@@ -19,7 +19,7 @@ from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.place_output import place_output, require_space
 from bda_fx.exporters.prove import Run, prove
-from bda_fx.exporters.rewrite_pair import rewrite_pair
+from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
 from bda_fx.exporters.time_pairs import time_pairs
 from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.fidelity_report import Fidelity
@@ -28,7 +28,7 @@ from bda_fx.options import Options
 
 
 def export_aoti(
-    model_or_program: nn.Module | ExportedProgram,
+    model_or_program: nn.Module | ExportedProgram | Pair,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,

@@ -31,7 +31,7 @@ graph needs room too."""
 
 
 def export_onnx(
-    model_or_program: nn.Module | ExportedProgram,
+    model_or_program: nn.Module | ExportedProgram | Pair,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ def export_onnx(
     ``model.onnx.bda.json`` and ``model.onnx.bda.md``: identity, sizes, noise, latency, sites.
 
     Args:
-        model_or_program: a module in ``eval()``, or a program.
+        model_or_program: a module in ``eval()``, a program, or what ``rewrite_pair`` made of one.
         path: where to write; external data is put beside it as ``<name>.data``.
         args, kwargs: example inputs for a module.
         dynamic_shapes: as in ``torch.export.export``; names of ``Dim`` become names of axes.

@@ -37,7 +37,7 @@ STRETCH = 8
 
 
 def export_tensorrt(
-    model_or_program: nn.Module | ExportedProgram,
+    model_or_program: nn.Module | ExportedProgram | Pair,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
