@@ -1,0 +1,100 @@
+"""Write outputs whole or not at all: a temporary name beside the output, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bda_fx.cli.errors import CliError, ExitCode
+
+
+def check_output(path: Path, *, force: bool, needed: int = 0) -> None:
+    """Look before the work begins whether ``path`` can be written; ``needed`` is in bytes.
+
+    Raises:
+        CliError: it exists and ``force`` is not given, its folder does not exist or is not
+            writable, or the file system has less than ``needed`` free.
+    """
+    if path.is_dir():
+        raise CliError(
+            f"{path} is a directory",
+            f"name a file, such as -o {path / 'model'}",
+            ExitCode.CANNOT_WRITE,
+        )
+    if os.path.lexists(path) and not force:
+        raise CliError(
+            f"{path} exists already",
+            "choose another name with -o, or replace it with --force",
+            ExitCode.CANNOT_WRITE,
+        )
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise CliError(
+            f"there is no directory {folder}", f"mkdir -p {folder}", ExitCode.CANNOT_WRITE
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CliError(
+            f"no permission to write in {folder}",
+            "choose another place with -o, or change the permissions",
+            ExitCode.CANNOT_WRITE,
+        )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CliError(
+            f"no space to write {path}: about {size(needed)} are needed, {size(free)} are free",
+            "free some space or choose another place with -o",
+            ExitCode.CANNOT_WRITE,
+        )
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary path to write to; it becomes ``path`` if the block ends well, else it goes.
+
+    The temporary name is in the folder of ``path``, so that the last step is a rename, and keeps
+    its suffix, by which some writers choose a format. What appeared under the name of ``path`` in
+    the meantime is not overwritten without ``force``.
+    """
+    folder = path.absolute().parent
+    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=folder))
+    try:
+        temporary = place / path.name
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if force:
+            temporary.replace(path)
+        else:
+            _rename_new(temporary, path)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename, unless the new name is taken: a link fails then, a rename would not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise CliError(
+            f"{path} was made by someone else in the meantime",
+            "choose another name with -o, or replace it with --force",
+            ExitCode.CANNOT_WRITE,
+        ) from None
+    except OSError:  # a file system without links
+        if path.exists():
+            raise
+        temporary.rename(path)
+
+
+def size(count: int) -> str:
+    """``count`` bytes for people."""
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
