@@ -63,8 +63,10 @@ class BasisFits:
         *,
         balanced: bool = True,
     ) -> None:
-        self.weights, self.dtype, self.balanced = weights, dtype, balanced
+        self.dtype, self.balanced = dtype, balanced
         heads = [w.heads for w in weights]
+        # Of the other factors their moments will do: all sites of a model are held at a time.
+        self.projections = [(w.heads, w.bias) for w in weights]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
@@ -96,16 +98,16 @@ class BasisFits:
         return self._fits[size]
 
     def _weigh(self, rows: Tensor) -> list[Fit]:
-        pairs = zip(self.weights, self.moments, strict=True)
-        return [self._weigh_one(weights, moments, rows) for weights, moments in pairs]
+        pairs = zip(self.projections, self.moments, strict=True)
+        return [self._weigh_one(*projection, moments, rows) for projection, moments in pairs]
 
-    def _weigh_one(self, weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
+    def _weigh_one(self, heads: Tensor, bias: Tensor | None, moments: Moments, rows: Tensor) -> Fit:
         both = moments.balancing(self.balanced)
-        s, condition = complete_basis(weights.heads, rows, weights.bias, both)
+        s, condition = complete_basis(heads, rows, bias, both)
         if condition <= SURE_CONDITION:
             s_inv, residual = torch.linalg.inv(s), 0.0
         else:
-            change = change_basis(weights.heads, rows, weights.bias, both)
+            change = change_basis(heads, rows, bias, both)
             s, s_inv, condition = change.s, change.s_inv, change.condition
             residual = change.residual
         noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)

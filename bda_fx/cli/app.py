@@ -97,7 +97,9 @@ Budget = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="A text file: its first lines tell which layers are loud (needs a tokenizer)."),
+    typer.Option(
+        help="A text file: its first lines tell which layers are loud (needs a tokenizer)."
+    ),
 ]
 InputFile = Annotated[
     Path | None,
@@ -164,14 +166,13 @@ def inspect(
     def work(stages: Any) -> Any:
         from bda_fx.cli.convert_model import inspect_model
 
-        settings = _settings(**given)
+        settings = _settings(
+            task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
+            inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
+            no_memory_check=no_memory_check, config_only=config_only,
+        )  # fmt: skip
         return inspect_model(model, settings, _options(noise_budget, kv_cache, side))(stages)
 
-    given = dict(
-        task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
-        inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
-        no_memory_check=no_memory_check, config_only=config_only,
-    )  # fmt: skip
     run_command(work, Output(json, quiet))
 
 
@@ -196,19 +197,19 @@ def rewrite(
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the rewritten model as an ExportedProgram, which loads where bda_fx is not installed."""
+    """Write the rewritten model as an ExportedProgram, which loads without bda_fx."""
 
     def work(stages: Any) -> Any:
         from bda_fx.cli.convert_model import rewrite_model
 
+        settings = _settings(
+            task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
+            inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
+            no_memory_check=no_memory_check,
+        )  # fmt: skip
         options = _options(noise_budget, kv_cache, side)
-        return rewrite_model(model, out, _settings(**given), options, force=force)(stages)
+        return rewrite_model(model, out, settings, options, force=force)(stages)
 
-    given = dict(
-        task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
-        inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
-        no_memory_check=no_memory_check,
-    )  # fmt: skip
     run_command(work, Output(json, quiet))
 
 
@@ -242,16 +243,15 @@ def export(
     def work(stages: Any) -> Any:
         from bda_fx.cli.convert_model import export_model
 
+        settings = _settings(
+            task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
+            inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
+            no_memory_check=no_memory_check,
+        )  # fmt: skip
         options = _options(noise_budget, kv_cache, side)
         extra = {} if opset is None else {"opset": opset}
-        settings = _settings(**given)
         return export_model(model, to, out, settings, options, force=force, extra=extra)(stages)
 
-    given = dict(
-        task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
-        inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
-        no_memory_check=no_memory_check,
-    )  # fmt: skip
     run_command(work, Output(json, quiet))
 
 
@@ -285,13 +285,13 @@ def verify(
     def work(stages: Any) -> Any:
         from bda_fx.cli.verify_models import verify_models
 
-        return verify_models(reference, candidate, _settings(**given), budget, count)(stages)
+        settings = _settings(
+            task=task, dtype=dtype, dynamic=True, kv_cache=Cache.none, calibration=calibration,
+            inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
+            no_memory_check=no_memory_check,
+        )  # fmt: skip
+        return verify_models(reference, candidate, settings, budget, count)(stages)
 
-    given = dict(
-        task=task, dtype=dtype, dynamic=True, kv_cache=Cache.none, calibration=calibration,
-        inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
-        no_memory_check=no_memory_check,
-    )  # fmt: skip
     run_command(work, Output(json, quiet))
 
 
@@ -318,14 +318,14 @@ def bench(
     def work(stages: Any) -> Any:
         from bda_fx.cli.bench_model import bench_model
 
+        settings = _settings(
+            task=task, dtype=dtype, dynamic=False, kv_cache=Cache.none, calibration=None,
+            inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
+            no_memory_check=no_memory_check,
+        )  # fmt: skip
         options = _options(noise_budget, Cache.none, side)
-        return bench_model(model, _settings(**given), options, str(compiler), rounds)(stages)
+        return bench_model(model, settings, options, str(compiler), rounds)(stages)
 
-    given = dict(
-        task=task, dtype=dtype, dynamic=False, kv_cache=Cache.none, calibration=None,
-        inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
-        no_memory_check=no_memory_check,
-    )  # fmt: skip
     run_command(work, Output(json, quiet))
 
 

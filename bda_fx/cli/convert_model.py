@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 import bda_fx
 from bda_fx.cli.errors import CliError, ExitCode, first_line
+from bda_fx.cli.foresee_memory import return_freed
 from bda_fx.cli.open_model import Opened, Settings, open_model
 from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result, note
@@ -37,10 +38,7 @@ def inspect_model(name: str, settings: Settings, options: Mapping[str, Any]) -> 
         opened = _open(name, settings, stages)
         with _steps(stages, "inspecting"):
             report = bda_fx.analyze(
-                opened.model,
-                opened.args,
-                opened.kwargs,
-                dynamic_shapes=opened.dynamic_shapes,
+                program_of(opened),
                 options=options,
                 calibration=_calibration(opened, settings),
             )
@@ -61,10 +59,7 @@ def rewrite_model(
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, "rewriting"):
             rewrite = bda_fx.rewrite(
-                opened.model,
-                opened.args,
-                opened.kwargs,
-                dynamic_shapes=opened.dynamic_shapes,
+                program_of(opened),
                 options=options,
                 calibration=_calibration(opened, settings),
             )
@@ -112,11 +107,8 @@ def export_model(
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, f"exporting to {target}"):
             exported = exporter(
-                opened.model,
+                program_of(opened),
                 out,
-                opened.args,
-                opened.kwargs,
-                dynamic_shapes=opened.dynamic_shapes,
                 options=options,
                 overwrite=force,
                 **extra,
@@ -162,31 +154,48 @@ def _calibration(opened: Opened, settings: Settings) -> list[Inputs] | None:
 
 
 def program_of(opened: Opened) -> ExportedProgram:
-    """``opened`` as a program.
+    """``opened`` as a program, with named open sizes where the model lets them be open.
 
     Raises:
         CliError: the model does not export.
     """
     if isinstance(opened.model, ExportedProgram):
         return opened.model
-    from bda_fx.passes.canonicalize import composite_attention
-
-    assert isinstance(opened.model, nn.Module)
     try:
-        with composite_attention(), torch.no_grad():
-            return torch.export.export(
-                opened.model,
-                opened.args,
-                opened.kwargs,
-                dynamic_shapes=opened.dynamic_shapes,
-                strict=False,
-            )
+        try:
+            return _export(opened, opened.dynamic_shapes)
+        except torch._dynamo.exc.UserError:
+            # A size that was to be open cannot be, or only within limits: the export settles it.
+            program = _export(opened, _settled(opened.dynamic_shapes))
+            note(f"some sizes are fixed by the model or limited: {open_sizes(program)}")
+            return program
     except Exception as error:  # tracing a stranger's model fails in any way
         raise CliError(
             f"{opened.name} does not export: {first_line(error)}",
             "--static exports it for one size; --inputs passes other examples",
             ExitCode.CANNOT_CONVERT,
         ) from error
+
+
+def _export(opened: Opened, dynamic_shapes: Any) -> ExportedProgram:
+    from bda_fx.passes.canonicalize import composite_attention
+
+    assert isinstance(opened.model, nn.Module)
+    with composite_attention(), torch.no_grad():
+        return torch.export.export(
+            opened.model,
+            opened.args,
+            opened.kwargs,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+        )
+
+
+def _settled(dynamic_shapes: Any) -> Any:
+    """Every open axis as ``Dim.AUTO``."""
+    if isinstance(dynamic_shapes, dict):
+        return {key: _settled(value) for key, value in dynamic_shapes.items()}
+    return None if dynamic_shapes is None else torch.export.Dim.AUTO
 
 
 def open_sizes(program: ExportedProgram) -> dict[str, list[str | int]]:
@@ -205,7 +214,12 @@ def open_sizes(program: ExportedProgram) -> dict[str, list[str | int]]:
 def _steps(stages: Stages, name: str) -> Iterator[None]:
     """A stage that counts the steps of the pipeline."""
     with stages.stage(name, STEPS) as stage:
-        token = on_step.set(stage.advance)
+
+        def begin(step: str) -> None:
+            return_freed()
+            stage.advance(step)
+
+        token = on_step.set(begin)
         try:
             yield
         finally:

@@ -33,8 +33,6 @@ TEXTS = (
 )
 """What is tokenized where no text is given: lengths differ, so that padding plays its part."""
 
-AUTO = torch.export.Dim.AUTO
-
 
 def text_inputs(
     tokenizer: Any, names: Sequence[str], texts: Sequence[str], batch: int, limit: int
@@ -137,21 +135,45 @@ _MAKERS: Mapping[str, Callable[[Any, Any, torch.Generator], Tensor]] = {
     "input_values": _samples,
 }
 
-_FIXED_AXES = {"pixel_values": 1, "input_features": 1, "input_values": 2}
-"""Inputs of which only the first so many axes are open: pictures and spectrograms have one size."""
+_AXES: Mapping[str, tuple[str, ...]] = {
+    "pixel_values": ("batch",),
+    "input_features": ("batch",),
+    "input_values": ("batch", "samples"),
+    "decoder_input_ids": ("batch", "decoder_length"),
+}
+"""Open axes of an input, by name; ("batch", "length") of all others. Pictures and spectrograms have
+one size."""
 
 
-def open_axes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def open_axes(kwargs: Mapping[str, Any], most_tokens: int | None = None) -> dict[str, Any]:
     """``dynamic_shapes`` for keyword inputs: every axis that a caller may choose is left open.
 
-    ``AUTO`` lets the export settle which sizes must be equal, and which the model fixes.
+    Axes of one name have one size. A text may have up to ``most_tokens``.
     """
+    dims = {
+        "batch": torch.export.Dim("batch"),
+        "samples": torch.export.Dim("samples"),
+        "length": torch.export.Dim("length", max=most_tokens),
+        "decoder_length": torch.export.Dim("decoder_length", max=most_tokens),
+    }
     return {
-        name: {axis: AUTO for axis in range(min(value.dim(), _FIXED_AXES.get(name, 2)))}
+        name: {
+            axis: dims[dim]
+            for axis, dim in enumerate(_AXES.get(name, ("batch", "length")))
+            if axis < value.dim()
+        }
         if isinstance(value, Tensor)
         else None
         for name, value in kwargs.items()
     }
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model of transformers was made for; None where its config does not say."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 1 else None
 
 
 def read_inputs(opened: Opened, path: Path, *, dynamic: bool) -> None:

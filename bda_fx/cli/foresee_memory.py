@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 from bda_fx.cli.errors import CliError, ExitCode
 from bda_fx.cli.write_output import size
 
@@ -32,3 +35,13 @@ def check_memory(weight_bytes: int, *, factor: float = PEAK, ignore: bool = Fals
         "free some, choose --dtype float16 or bfloat16, or try regardless with --no-memory-check",
         ExitCode.NO_MEMORY,
     )
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, under glibc.
+
+    Planning runs in threads, and glibc keeps what a thread frees for that thread alone: the next
+    step would take as much again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from bda_fx.cli.errors import CliError, ExitCode, first_line
-from bda_fx.cli.example_inputs import TEXTS, made_inputs, open_axes, text_inputs
+from bda_fx.cli.example_inputs import (
+    TEXTS,
+    made_inputs,
+    most_tokens,
+    open_axes,
+    text_inputs,
+)
 from bda_fx.cli.open_model import Opened, Settings
 
 # Tasks as the hub names them, and the class of transformers that loads a model for one.
@@ -42,6 +48,8 @@ TASKS = {
 }
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+LONGEST = 512
+"""Tokens that example texts are cut to."""
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 
@@ -264,11 +272,11 @@ def _give_inputs(
         )
     if tokenizer is not None:
         names = list(inspect.signature(model.forward).parameters)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+        most = most_tokens(model) or LONGEST
 
         def more(count: int) -> list[Any]:
             texts = (settings.texts or TEXTS)[: count * settings.batch]
-            return text_inputs(tokenizer, names, texts, settings.batch, min(most, 512))
+            return text_inputs(tokenizer, names, texts, settings.batch, min(most, LONGEST))
 
         opened.more_inputs, opened.real = more, True
         opened.kwargs = more(1)[0][1]
@@ -278,7 +286,7 @@ def _give_inputs(
             ((), dict(made_inputs(model, settings, seed))) for seed in range(count)
         ]
     if settings.dynamic:
-        opened.dynamic_shapes = open_axes(opened.kwargs)
+        opened.dynamic_shapes = open_axes(opened.kwargs, most_tokens(model))
 
 
 def _tokenizer(transformers: Any, directory: Path) -> Any | None:

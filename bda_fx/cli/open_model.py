@@ -1,12 +1,12 @@
 """Open what the command line calls MODEL, whatever it is, without running code that came with it.
 
-    a directory with config.json        Hugging Face            open_huggingface.py
-    its config.json                     the same, without weights
-    model.pt2                           torch.export.save       open_saved.py
-    timm:NAME, weights by --weights     timm                    open_saved.py
-    package.module:function             a factory of your own   open_saved.py
-    model.pt, .pth, .bin, .ckpt         a pickle, with --unsafe open_saved.py
-    model.onnx                          for verify alone
+a directory with config.json        Hugging Face            open_huggingface.py
+its config.json                     the same, without weights
+model.pt2                           torch.export.save       open_saved.py
+timm:NAME, weights by --weights     timm                    open_saved.py
+package.module:function             a factory of your own   open_saved.py
+model.pt, .pth, .bin, .ckpt         a pickle, with --unsafe open_saved.py
+model.onnx                          for verify alone
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def open_program(name: str, settings: Settings) -> Opened:
 
 
 def _load_program(path: Path) -> ExportedProgram:
-    """Load, and again with transformers at hand: programs that return its output classes name them."""
+    """Load, with transformers at hand where a program names its output classes."""
     try:
         return torch.export.load(path)
     except Exception as error:
@@ -170,7 +171,7 @@ def _checked(name: str, kind: str, made: Any, settings: Settings) -> Opened:
         what = ", ".join(type(part).__name__ for part in parts)
         raise CliError(
             f"{name} holds {what}, which is no model",
-            "it must be an nn.Module, an ExportedProgram, or (model, args) or (model, args, kwargs)",
+            "it must be an nn.Module, an ExportedProgram, (model, args) or (model, args, kwargs)",
             ExitCode.CANNOT_OPEN,
         )
     if isinstance(model, nn.Module):
@@ -197,13 +198,12 @@ def _checked(name: str, kind: str, made: Any, settings: Settings) -> Opened:
 def _batch_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first axis of each input is left open, and the second where it holds whole numbers
     (tokens); what the model fixes stays fixed."""
-    import inspect
 
     def axes(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
         count = 1 if value.is_floating_point() else 2
-        return {axis: torch.export.Dim.AUTO for axis in range(min(count, value.dim()))}
+        return dict.fromkeys(range(min(count, value.dim())), torch.export.Dim.AUTO)
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     if any(not isinstance(value, Tensor) for value in bound.arguments.values()):

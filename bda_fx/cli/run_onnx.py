@@ -148,7 +148,16 @@ def _rows_indexed(graph: Any, numpy_helper: Any) -> dict[str, int]:
     tables = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     origin = {value.name: value.name for value in graph.input}
     found: dict[str, int] = {}
-    moves = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+    moves = {
+        "Cast",
+        "Expand",
+        "Flatten",
+        "Identity",
+        "Reshape",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
     for node in graph.node:  # in topological order, as the standard has it
         if node.op_type in moves and node.input[0] in origin:
             origin[node.output[0]] = origin[node.input[0]]

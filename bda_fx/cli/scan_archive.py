@@ -5,7 +5,7 @@ name below ``torch``, evaluates its size expressions with ``sympify`` and execut
 
     payloads    plain tensors alone; example inputs that load with ``weights_only=True``
     targets     operators (``torch.ops.namespace.name``), and functions of ``operator`` and ``math``
-    expressions arithmetic and calls of functions on sizes; no strings, no hidden attributes
+    expressions arithmetic and calls of functions on sizes; strings are names, nothing is hidden
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FUNCTIONS = {"abs", "bool", "ceiling", "floor", "int", "isinstance", "len", "ma
 _METHODS = {"dim", "is_contiguous", "numel", "size", "storage_offset", "stride"}
 _SYNTAX = (
     ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
-    ast.Attribute, ast.Subscript, ast.Name, ast.Tuple, ast.List, ast.IfExp,
+    ast.Attribute, ast.Subscript, ast.Name, ast.Tuple, ast.List, ast.IfExp, ast.keyword,
     ast.operator, ast.boolop, ast.unaryop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
 
@@ -91,9 +91,9 @@ def _check_payloads(path: Path, archive: zipfile.ZipFile, names: dict[str, str])
             for key, payload in json.loads(archive.read(full)).get("config", {}).items():
                 if payload.get("use_pickle"):
                     raise _refusal(path, f"{key} is stored as a pickle")
-        elif name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt"):
-            _load_weights_only(torch, path, name, archive.read(full))
-        elif name.startswith("data/sample_inputs/"):
+        elif (
+            name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt")
+        ) or name.startswith("data/sample_inputs/"):
             _load_weights_only(torch, path, name, archive.read(full))
 
 
@@ -112,12 +112,12 @@ def _check_graphs(path: Path, archive: zipfile.ZipFile, names: dict[str, str]) -
             continue
         program = json.loads(archive.read(full))
         for guard in program.get("guards_code") or ():
-            _check_expression(path, guard, strings=True)
+            _check_expression(path, guard)
         for key, value in _fields(program):
             if key == "target" and "." in value and not _TARGET.fullmatch(value):
                 raise _refusal(path, f"a node calls {value!r}, which is no operator")
             if key == "expr_str":
-                _check_expression(path, value, strings=False)
+                _check_expression(path, value)
 
 
 def _fields(value: Any) -> Iterator[tuple[str, str]]:
@@ -136,18 +136,17 @@ def _fields(value: Any) -> Iterator[tuple[str, str]]:
             stack += current
 
 
-def _check_expression(path: Path, text: str, *, strings: bool) -> None:
+def _check_expression(path: Path, text: str) -> None:
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError as error:
         raise _refusal(path, f"{text!r} is no expression of sizes") from error
-    keys = {node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)}
     for node in ast.walk(tree):
         allowed = isinstance(node, _SYNTAX)
         if isinstance(node, ast.Name | ast.Attribute):
             allowed = not (node.id if isinstance(node, ast.Name) else node.attr).startswith("__")
-        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
-            allowed = strings and node in keys  # L['input_ids']
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            allowed = node.value.isidentifier() and not node.value.startswith("__")
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             simple = isinstance(node.func, ast.Name)

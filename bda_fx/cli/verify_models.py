@@ -1,12 +1,12 @@
 """``verify A B``: how equal two models are, whichever form each has.
 
-    A is a PyTorch model    bda_fx.verify: float64 run of A's program, errors of A and of B
-    A is an ONNX file       the same figures, with the truth from onnx's reference implementation
+A is a PyTorch model    bda_fx.verify: float64 run of A's program, errors of A and of B
+A is an ONNX file       the same figures, with the truth from onnx's reference implementation
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,9 @@ def _inputs(
     up from a config or a signature."""
     sides = [side for side in (reference, candidate) if isinstance(side, Opened)]
     programs = [program] if program is not None else []
-    programs += [s.model for s in sides if isinstance(s.model, ExportedProgram) and s.model not in programs]
+    programs += [
+        s.model for s in sides if isinstance(s.model, ExportedProgram) and s.model not in programs
+    ]
     names = _common_names(reference, candidate)
     for side in sorted(sides, key=lambda side: not side.real):
         if not (side.args or side.kwargs):
