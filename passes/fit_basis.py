@@ -64,9 +64,10 @@ class BasisFits:
         balanced: bool = True,
     ) -> None:
         self.dtype, self.balanced = dtype, balanced
-        heads = [w.heads for w in weights]
-        # Of the other factors their moments will do: all sites of a model are held at a time.
-        self.projections = [(w.heads, w.bias) for w in weights]
+        # All sites of a model are held at a time: the heads as they are stored (they came from this
+        # dtype, so nothing is lost), and of the other factors their moments alone.
+        heads = [w.heads.to(dtype) for w in weights]
+        self.projections = [(h, w.bias) for h, w in zip(heads, weights, strict=True)]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
@@ -102,7 +103,7 @@ class BasisFits:
         return [self._weigh_one(*projection, moments, rows) for projection, moments in pairs]
 
     def _weigh_one(self, heads: Tensor, bias: Tensor | None, moments: Moments, rows: Tensor) -> Fit:
-        both = moments.balancing(self.balanced)
+        both, heads = moments.balancing(self.balanced), heads.double()
         s, condition = complete_basis(heads, rows, bias, both)
         if condition <= SURE_CONDITION:
             s_inv, residual = torch.linalg.inv(s), 0.0

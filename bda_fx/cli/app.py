@@ -122,16 +122,24 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 WhichSide = Annotated[Side, typer.Option("--side", help="Side of a product to decompose.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bda-fx {bda_fx.__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def common(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error arose, and all warnings.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and leave.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
-    if version:
-        print(f"bda-fx {bda_fx.__version__}")
-        raise typer.Exit()
     if traceback:
         os.environ[TRACEBACK] = "1"
 

@@ -15,7 +15,8 @@ import bda_fx
 from bda_fx.cli.convert_model import program_of
 from bda_fx.cli.open_model import Settings, open_model
 from bda_fx.cli.progress import Stages
-from bda_fx.cli.run_command import Result, note
+from bda_fx.cli.run_command import Result
+from bda_fx.generate_inputs import generate_inputs
 
 LEAST_SECONDS = 0.02
 """A timed run repeats a call until it takes at least so long: clocks and schedulers jitter."""
@@ -29,13 +30,13 @@ def bench_model(
     def work(stages: Stages) -> Result:
         with stages.stage(f"opening {name}"):
             opened = open_model(name, settings)
-            program = program_of(opened)
+            program = program_of(opened, stages)
             args, kwargs = opened.args, opened.kwargs
             if not (args or kwargs):
-                from bda_fx.generate_inputs import generate_inputs
-
                 args, kwargs = generate_inputs(program, 1)[0]
-                note("sizes are made up from the program's signature: pass yours with --inputs")
+                stages.note(
+                    "sizes are made up from the program's signature: pass yours with --inputs"
+                )
         with stages.stage("rewriting"):
             rewrite = bda_fx.rewrite(program, options=options)
         with stages.stage(f"compiling with {compiler}"), torch.no_grad():

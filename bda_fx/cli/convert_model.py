@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -17,9 +17,9 @@ from bda_fx.cli.errors import CliError, ExitCode, first_line
 from bda_fx.cli.foresee_memory import return_freed
 from bda_fx.cli.open_model import Opened, Settings, open_model
 from bda_fx.cli.progress import Stages
-from bda_fx.cli.run_command import Result, note
+from bda_fx.cli.run_command import Result
 from bda_fx.cli.show_report import report_table, saved_params
-from bda_fx.cli.write_output import check_output, size, written_whole
+from bda_fx.cli.write_output import Sink, check_output, size, written_whole
 from bda_fx.generate_inputs import Inputs
 from bda_fx.pipeline import on_step
 
@@ -38,7 +38,7 @@ def inspect_model(name: str, settings: Settings, options: Mapping[str, Any]) -> 
         opened = _open(name, settings, stages)
         with _steps(stages, "inspecting"):
             report = bda_fx.analyze(
-                program_of(opened),
+                program_of(opened, stages),
                 options=options,
                 calibration=_calibration(opened, settings),
             )
@@ -59,12 +59,16 @@ def rewrite_model(
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, "rewriting"):
             rewrite = bda_fx.rewrite(
-                program_of(opened),
+                program_of(opened, stages),
                 options=options,
                 calibration=_calibration(opened, settings),
             )
-        with stages.stage(f"writing {out}"), written_whole(out, force=force) as temporary:
-            torch.export.save(rewrite.program, temporary)
+        with (
+            stages.stage(f"writing {out}"),
+            written_whole(out, force=force) as temporary,
+            Sink(temporary) as file,
+        ):
+            torch.export.save(rewrite.program, cast(IO[bytes], file))
         data = {
             "model": name,
             "output": str(out),
@@ -107,7 +111,7 @@ def export_model(
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, f"exporting to {target}"):
             exported = exporter(
-                program_of(opened),
+                program_of(opened, stages),
                 out,
                 options=options,
                 overwrite=force,
@@ -125,7 +129,7 @@ def _open(name: str, settings: Settings, stages: Stages) -> Opened:
     with stages.stage(f"opening {name}"):
         opened = open_model(name, settings)
     for text in opened.notes:
-        note(text)
+        stages.note(text)
     return opened
 
 
@@ -153,7 +157,7 @@ def _calibration(opened: Opened, settings: Settings) -> list[Inputs] | None:
     return opened.more_inputs(CALIBRATIONS)
 
 
-def program_of(opened: Opened) -> ExportedProgram:
+def program_of(opened: Opened, stages: Stages) -> ExportedProgram:
     """``opened`` as a program, with named open sizes where the model lets them be open.
 
     Raises:
@@ -167,7 +171,7 @@ def program_of(opened: Opened) -> ExportedProgram:
         except torch._dynamo.exc.UserError:
             # A size that was to be open cannot be, or only within limits: the export settles it.
             program = _export(opened, _settled(opened.dynamic_shapes))
-            note(f"some sizes are fixed by the model or limited: {open_sizes(program)}")
+            stages.note(f"some sizes are fixed by the model or limited: {open_sizes(program)}")
             return program
     except Exception as error:  # tracing a stranger's model fails in any way
         raise CliError(

@@ -112,7 +112,7 @@ def _pixels(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
 
 def _frames(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
     """Log-mel features; Whisper's encoder takes a fixed number of frames, two to a position."""
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
+    bins = getattr(config, "num_mel_bins", getattr(config, "feature_size", 80))
     frames = 2 * getattr(config, "max_source_positions", 50)
     return torch.randn(settings.batch, bins, frames, generator=random)
 

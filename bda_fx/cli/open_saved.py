@@ -26,10 +26,12 @@ def open_program(name: str, settings: Settings) -> Opened:
     path = Path(name)
     _only_modules("--dtype", settings.dtype != "auto", name)
     _only_modules("--task", settings.task is not None, name)
-    weight_bytes = scan_archive(path, unsafe=settings.unsafe)
-    settings.check_memory(weight_bytes)
+    scanned = scan_archive(path, unsafe=settings.unsafe)
+    settings.check_memory(scanned.weight_bytes)
+    for module in scanned.modules:
+        importlib.import_module(module)
     try:
-        program = _load_program(path)
+        program = torch.export.load(path)
     except (MemoryError, OSError):
         raise
     except Exception as error:
@@ -38,20 +40,7 @@ def open_program(name: str, settings: Settings) -> Opened:
             "export and save it with this version of PyTorch",
             ExitCode.CANNOT_OPEN,
         ) from error
-    opened = Opened(name, "program", program, weight_bytes=weight_bytes)
-    return opened
-
-
-def _load_program(path: Path) -> ExportedProgram:
-    """Load, with transformers at hand where a program names its output classes."""
-    try:
-        return torch.export.load(path)
-    except Exception as error:
-        if "transformers" not in str(error):
-            raise
-        importlib.import_module("transformers.modeling_outputs")
-        importlib.import_module("transformers.cache_utils")
-        return torch.export.load(path)
+    return Opened(name, "program", program, weight_bytes=scanned.weight_bytes)
 
 
 def open_factory(name: str, settings: Settings) -> Opened:

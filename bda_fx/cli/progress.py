@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,9 +22,13 @@ class Stages:
     """Named stages of a command. On a terminal a bar with the time taken, which goes away at the
     end; elsewhere a line for each stage that takes longer than :data:`PATIENCE`."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet = quiet
-        self.bar: Progress | None = None
+        self.stream = sys.stderr if stream is None else stream
+
+    def note(self, text: str) -> None:
+        """Something that a user should know."""
+        print(f"note: {text}", file=self.stream)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
@@ -66,8 +70,9 @@ class Stage:
         with self.lock:
             if self.over:
                 return
-            if not sys.stderr.isatty():
-                print(f"bda-fx: {self.name} …", file=sys.stderr, flush=True)
+            stream = self.stages.stream
+            if not stream.isatty():
+                print(f"bda-fx: {self.name} …", file=stream, flush=True)
                 return
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn
@@ -77,7 +82,7 @@ class Stage:
                 "{task.description}",
                 BarColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=Console(file=stream),
                 transient=True,
             )
             self.progress.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -46,13 +47,14 @@ def run_command(work: Callable[[Stages], Result], output: Output) -> None:
         typer.Exit: with the exit code.
     """
     try:
+        stages = Stages(output.quiet, sys.stderr)
         with _hushed():
-            result = work(Stages(output.quiet))
+            result = work(stages)
     except (typer.Exit, typer.Abort):
         raise
     except (Exception, KeyboardInterrupt, Terminated) as error:
         if os.environ.get(TRACEBACK):
-            traceback.print_exc()
+            traceback.print_exception(error)
         raise typer.Exit(_report(explain(error), output)) from None
     if output.as_json:
         print(json.dumps(result.data, indent=2, default=str))
@@ -61,11 +63,6 @@ def run_command(work: Callable[[Stages], Result], output: Output) -> None:
     else:
         _print_rich(result.text)
     raise typer.Exit(result.code)
-
-
-def note(text: str) -> None:
-    """Something that a user should know, on stderr."""
-    print(f"note: {text}", file=sys.stderr)
 
 
 def _report(error: CliError, output: Output) -> int:
@@ -87,15 +84,21 @@ def _print_rich(text: Any) -> None:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """What libraries print goes to stderr, their warnings nowhere unless asked for."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        if not os.environ.get(TRACEBACK):
-            warnings.simplefilter("ignore")
-            before = logging.root.manager.disable
-            logging.disable(logging.WARNING)
-            try:
-                yield
-            finally:
-                logging.disable(before)
-        else:
+    """What libraries print, log and warn of goes nowhere, or to stderr if it is asked for."""
+    if os.environ.get(TRACEBACK):
+        with contextlib.redirect_stdout(sys.stderr):
             yield
+        return
+    before = logging.root.manager.disable
+    nowhere = io.StringIO()
+    with (
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

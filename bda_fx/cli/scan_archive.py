@@ -16,6 +16,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,21 @@ _SYNTAX = (
 )  # fmt: skip
 
 
-def scan_archive(path: Path, *, unsafe: bool = False) -> int:
-    """Bytes of the weights in an archive that may be loaded.
+_OUTPUT_CLASS = re.compile(rb'\\\\"type\\\\": \\\\"(transformers(?:\.\w+)*)\.\w+\\\\"')
+"""A class of transformers in the structure of inputs or outputs (JSON within JSON)."""
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What an archive that may be loaded holds. ``modules`` of transformers define the classes that
+    its program takes or returns: they must be imported first."""
+
+    weight_bytes: int
+    modules: tuple[str, ...]
+
+
+def scan_archive(path: Path, *, unsafe: bool = False) -> Scanned:
+    """Look into an archive.
 
     Raises:
         CliError: the file is no archive of an ``ExportedProgram``, is damaged, or (without
@@ -50,6 +64,7 @@ def scan_archive(path: Path, *, unsafe: bool = False) -> int:
                 _check_payloads(path, archive, names)
                 _check_graphs(path, archive, names)
             sizes = {info.filename: info.file_size for info in archive.infolist()}
+            graphs = [archive.read(names[name]) for name in names if name.startswith("models/")]
     except (zipfile.BadZipFile, EOFError, KeyError, UnicodeDecodeError, ValueError) as error:
         raise CliError(
             f"{path} is damaged or no .pt2 archive: {first_line(error)}",
@@ -57,7 +72,9 @@ def scan_archive(path: Path, *, unsafe: bool = False) -> int:
             ExitCode.CANNOT_OPEN,
         ) from error
     payloads = ("data/weights/", "data/constants/")
-    return sum(sizes[full] for name, full in names.items() if name.startswith(payloads))
+    weight_bytes = sum(sizes[full] for name, full in names.items() if name.startswith(payloads))
+    found = {match.decode() for graph in graphs for match in _OUTPUT_CLASS.findall(graph)}
+    return Scanned(weight_bytes, tuple(sorted(found)))
 
 
 def _check_kind(path: Path, names: dict[str, str]) -> None:
@@ -91,10 +108,13 @@ def _check_payloads(path: Path, archive: zipfile.ZipFile, names: dict[str, str])
             for key, payload in json.loads(archive.read(full)).get("config", {}).items():
                 if payload.get("use_pickle"):
                     raise _refusal(path, f"{key} is stored as a pickle")
-        elif (
-            name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt")
-        ) or name.startswith("data/sample_inputs/"):
+        elif name.startswith("data/sample_inputs/") or _is_legacy(name):
             _load_weights_only(torch, path, name, archive.read(full))
+
+
+def _is_legacy(name: str) -> bool:
+    """Weights or constants in one file, as PyTorch before 2.9 wrote them."""
+    return name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt")
 
 
 def _load_weights_only(torch: Any, path: Path, name: str, data: bytes) -> None:

@@ -20,7 +20,7 @@ from bda_fx.cli.convert_model import program_of
 from bda_fx.cli.errors import CliError, ExitCode, first_line
 from bda_fx.cli.open_model import Opened, Settings, kind_of, open_model
 from bda_fx.cli.progress import Stages
-from bda_fx.cli.run_command import Result, note
+from bda_fx.cli.run_command import Result
 from bda_fx.cli.run_onnx import OnnxModel, signature_inputs
 from bda_fx.compare_outputs import OutputTally
 from bda_fx.generate_inputs import Inputs, generate_inputs
@@ -33,11 +33,11 @@ def verify_models(a: str, b: str, settings: Settings, budget: float, count: int)
 
     def work(stages: Stages) -> Result:
         with stages.stage(f"opening {a}"):
-            reference = _open(a, settings)
+            reference = _open(a, settings, stages)
         with stages.stage(f"opening {b}"):
-            candidate = _open(b, settings)
+            candidate = _open(b, settings, stages)
         with stages.stage("finding inputs"):
-            program = program_of(reference) if isinstance(reference, Opened) else None
+            program = program_of(reference, stages) if isinstance(reference, Opened) else None
             inputs, real = _inputs(reference, candidate, program, count)
         with stages.stage("comparing", 2 * len(inputs)) as stage:
             run = _counted(_runner(candidate), stage.advance)
@@ -57,7 +57,9 @@ def verify_models(a: str, b: str, settings: Settings, budget: float, count: int)
             except ValueError as error:
                 raise _incomparable(error) from error
         if not real:
-            note("inputs were made up: pass real ones with --inputs, or text with --calibration")
+            stages.note(
+                "inputs were made up: pass real ones with --inputs, or text with --calibration"
+            )
         code = ExitCode.DONE if fidelity.passed else ExitCode.DIFFERENT
         data = {"reference": a, "candidate": b, "inputs_are_real": real, **fidelity.to_dict()}
         return Result(data, str(fidelity), code)
@@ -65,12 +67,12 @@ def verify_models(a: str, b: str, settings: Settings, budget: float, count: int)
     return work
 
 
-def _open(name: str, settings: Settings) -> Side:
+def _open(name: str, settings: Settings, stages: Stages) -> Side:
     if kind_of(name) == "onnx":
         return OnnxModel(Path(name))
     opened = open_model(name, settings)
     for text in opened.notes:
-        note(text)
+        stages.note(text)
     return opened
 
 
@@ -161,7 +163,7 @@ def _mask(program: ExportedProgram, inputs: list[Inputs]) -> str | None:
     mask = values.get("attention_mask")
     if not isinstance(mask, Tensor):
         return None
-    outputs = [values.get(name) for name in program.graph_signature.user_outputs]  # type: ignore[arg-type]
+    outputs = [values.get(name) for name in program.graph_signature.user_outputs]
     fits = [
         isinstance(v, Tensor)
         and v.dim() >= mask.dim()
