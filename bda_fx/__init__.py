@@ -19,6 +19,12 @@ _HOME = {
     "analyze": "api",
     "rewrite": "api",
     "Rewrite": "api",
+    "export_onnx": "exporters.export_onnx",
+    "export_tensorrt": "exporters.export_tensorrt",
+    "export_aoti": "exporters.export_aoti",
+    "Exported": "exporters.exported",
+    "ExportError": "exporters.exported",
+    "Timing": "exporters.exported",
     "verify": "fidelity",
     "Fidelity": "fidelity",
     "OutputFidelity": "fidelity",
@@ -43,6 +49,12 @@ if TYPE_CHECKING:
     from bda_fx.backend import bda_backend as bda_backend
     from bda_fx.cache_bases import CacheConflict as CacheConflict
     from bda_fx.derived_weights import invalidate as invalidate
+    from bda_fx.exporters.export_aoti import export_aoti as export_aoti
+    from bda_fx.exporters.export_onnx import export_onnx as export_onnx
+    from bda_fx.exporters.export_tensorrt import export_tensorrt as export_tensorrt
+    from bda_fx.exporters.exported import Exported as Exported
+    from bda_fx.exporters.exported import ExportError as ExportError
+    from bda_fx.exporters.exported import Timing as Timing
     from bda_fx.fidelity import Fidelity as Fidelity
     from bda_fx.fidelity import OutputFidelity as OutputFidelity
     from bda_fx.fidelity import verify as verify

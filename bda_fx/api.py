@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from bda_fx.assemble_program import assemble_program, constant_bytes
 from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
-from bda_fx.passes.canonicalize import Program, canonicalize_exported, canonicalize_module
-from bda_fx.pipeline import StepError, find_and_plan, step, transform
+from bda_fx.passes.canonicalize import Program, canonicalize_exported, composite_attention
+from bda_fx.pipeline import find_and_plan, step, transform
 from bda_fx.report import Report, report_of
 
 
@@ -120,6 +120,22 @@ def _canonical(
     if isinstance(model, ExportedProgram):
         with step("canonicalize"):
             return model, canonicalize_exported(model)
+    exported = export_module(model, args, kwargs, dynamic_shapes)
+    with step("canonicalize"):
+        program = canonicalize_exported(exported)
+    assert program.exported is not None
+    return program.exported, program
+
+
+def export_module(
+    model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None
+) -> ExportedProgram:
+    """``torch.export.export`` of a module as the passes want it: attention kept in one piece.
+
+    Raises:
+        TypeError: ``model`` or ``args`` is of the wrong kind.
+        ValueError: it cannot be exported with these inputs.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model is an nn.Module or an ExportedProgram, got {type(model).__name__}; "
@@ -133,9 +149,14 @@ def _canonical(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"kwargs is a mapping of example inputs, got {type(kwargs).__name__}")
     try:
-        program = canonicalize_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
-    except StepError:
-        raise
+        with composite_attention(), torch.no_grad():
+            return torch.export.export(
+                model,
+                tuple(args),
+                dict(kwargs or {}),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+            )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -143,8 +164,6 @@ def _canonical(
             f"({_describe(args, kwargs)}): {reason}. "
             "Check that the model runs on them; torch.export.export shows the full trace."
         ) from error
-    assert program.exported is not None
-    return program.exported, program
 
 
 def _describe(args: Any, kwargs: Mapping[str, Any] | None) -> str:

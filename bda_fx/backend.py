@@ -7,6 +7,8 @@ belongs to the graph; basis rows are inputs. Whatever goes wrong, the original g
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights
-from bda_fx.options import Options
+from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
 from bda_fx.passes.fit_basis import MAX_RESIDUAL
 from bda_fx.passes.transform_weights import transform_weights
@@ -181,8 +183,8 @@ class _Original:
         return self.compiled(*args)
 
     def settings(self) -> dict[str, Any]:
-        inductor = self.options.inner == "inductor"
-        return {"options": dict(self.options.inner_options)} if inductor else {}
+        takes_options = self.options.inner in ("inductor", "torch_tensorrt")
+        return {"options": dict(self.options.inner_options)} if takes_options else {}
 
 
 def _inner_compiler(
@@ -203,6 +205,15 @@ def _inner_compiler(
         return inductor
     from torch._dynamo.backends.registry import lookup_backend
 
+    if options.inner == "torch_tensorrt":
+        try:
+            importlib.import_module("torch_tensorrt")  # registers the backend of its name
+        except ImportError as error:
+            raise OptionError(
+                f'inner="torch_tensorrt" needs that package ({error}): pip install torch-tensorrt'
+            ) from error
+        settings = {"options": dict(options.inner_options)}
+        return functools.partial(lookup_backend(options.inner), **settings)
     return lookup_backend(options.inner)
 
 

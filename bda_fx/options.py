@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-BASES = ("auto", "pivot", "window", "residual-min", "first")
+BASES = ("auto", "pivot", "window", "slices", "residual-min", "first")
 PRODUCTS = ("qk", "vo")
 SIDES = ("auto", "kv", "qo")
 CACHES = ("skip", "opaque")
 PROFITABILITIES = ("always",)
-INNERS = ("inductor", "aot_eager", "eager")
+INNERS = ("inductor", "aot_eager", "eager", "torch_tensorrt")
 
 
 class OptionError(ValueError):
@@ -25,7 +25,9 @@ class Options:
 
     Attributes:
         basis: how basis rows are chosen. "auto" is "pivot"; "first" and "residual-min" are the
-            paper's and are far noisier; "window" takes the best contiguous rows (no gather).
+            paper's and are far noisier; "window" takes the best contiguous rows (no gather);
+            "slices" is "pivot" where the gather is free (MLA), "window" elsewhere. Exporters take
+            "slices" for "auto".
         basis_size: "auto" chooses for each site one of D, 15/16, 7/8, 3/4, 5/8, 1/2 D, so that as
             much as possible is saved within ``noise_budget``; "full" is D; a number in (0, 1] is
             that fraction of D. With an explicit size the budget is not enforced.
@@ -36,13 +38,16 @@ class Options:
         side: which side of a product is decomposed: "kv" the projections of keys and values, "qo"
             those of queries and outputs; "auto" the one that saves more at the example's token
             counts, and "kv" where both save the same.
+        keep: names of weights, or shell patterns of them, whose sites keep their original form.
         kv_cache: "skip" leaves keys and values that go into a cache as they are. "opaque" is your
             word that nobody but the model's own attention reads the cache: then it holds them in
             the new basis, which is the same in every graph of the model. Every call that shares a
             cache must then go through bda_fx.
         profitability: whether to look at speed; so far "always" rewrites what is legal and quiet.
-        inner: the compiler that the backend hands the rewritten graph to.
-        inner_options: its options; for "inductor" a config patch.
+        inner: the compiler that the backend hands the rewritten graph to. "torch_tensorrt" needs
+            that package.
+        inner_options: its options; for "inductor" a config patch, for "torch_tensorrt" what
+            ``torch.compile(backend="torch_tensorrt", options=…)`` takes.
         strict: raise where the backend would fall back to the original graph with a warning.
     """
 
@@ -51,6 +56,7 @@ class Options:
     noise_budget: str | float = "auto"
     products: tuple[str, ...] = PRODUCTS
     side: str = "auto"
+    keep: tuple[str, ...] = ()
     kv_cache: str = "skip"
     profitability: str = "always"
     inner: str = "inductor"
@@ -70,6 +76,9 @@ class Options:
         if not isinstance(self.products, Iterable):
             raise OptionError(f"products is a sequence, got {self.products!r}")
         object.__setattr__(self, "products", tuple(self.products))
+        if isinstance(self.keep, str) or not isinstance(self.keep, Iterable):
+            raise OptionError(f"keep is a sequence of names, got {self.keep!r}: write (name,)")
+        object.__setattr__(self, "keep", tuple(self.keep))
         for product in self.products:
             _choice("products", product, PRODUCTS)
         size = self.basis_size

@@ -113,6 +113,7 @@ def find_and_plan(
             options.basis_size,
             options.noise_budget,
             options.products,
+            keep=options.keep,
             side="kv" if opaque and options.side == "auto" else options.side,
             opaque_cache=opaque,
             headroom=headroom,

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class Planning:
     noise_budget: str | float = "auto"
     products: tuple[str, ...] = ("qk", "vo")
     side: str = "auto"
+    keep: tuple[str, ...] = ()
     opaque_cache: bool = False
     """Keys and values may be kept by one graph and read by another, so their change of basis must
     depend on their weights alone: each on a basis of its own, whatever else the program has."""
@@ -58,8 +60,10 @@ class Planning:
     """What part of the budget may be spent on these weights; others of the same graph, on the same
     sizes, may need the rest."""
 
-    @property
-    def strategy(self) -> str:
+    def strategy(self, folded: bool) -> str:
+        """How rows are chosen; ``folded``: x can come in basis order at no cost."""
+        if self.basis == "slices":
+            return "pivot" if folded else "window"
         return "pivot" if self.basis == "auto" else self.basis
 
     @property
@@ -156,6 +160,9 @@ def _refusal(
     """Why a site is not looked at."""
     if not set(site.product.split("+")) <= set(planning.products):
         return Reason.NOT_REQUESTED, f"products={planning.products}"
+    for name in planning.keep:
+        if fnmatchcase(site.linear.name, name):
+            return Reason.NOT_REQUESTED, f"keep={name!r}"
     if planning.side != "auto" and not _views(site, planning):
         return Reason.NOT_REQUESTED, f"side={planning.side!r}"
     return unusable(site, values), ""
@@ -199,8 +206,7 @@ def _choices(
     """What is to be chosen: a basis for each site, or one for all of a weight if that is free."""
     groups: dict[object, list[tuple[Site, Sequence[float]]]] = defaultdict(list)
     for number, (site, share) in enumerate(wanted):
-        folded = site.linear.weight in folds and site.axis == OUT and planning.side != "qo"
-        together = folded and not planning.opaque_cache
+        together = _may_fold(site, folds, planning) and not planning.opaque_cache
         key = (site.linear.weight, site.decomposed) if together else number
         groups[key].append((site, share))
     choices = []
@@ -215,13 +221,28 @@ def _choices(
                 shares,
                 steps,
                 values,
-                planning.strategy,
+                planning.strategy(_folded(sites[0], wanted, folds, planning)),
                 not planning.opaque_cache,
                 shared,
                 alike,
             )
         )
     return choices
+
+
+def _may_fold(site: Site, folds: Mapping[str, Fold], planning: Planning) -> bool:
+    return site.linear.weight in folds and site.axis == OUT and planning.side != "qo"
+
+
+def _folded(
+    site: Site,
+    wanted: Sequence[tuple[Site, Sequence[float]]],
+    folds: Mapping[str, Fold],
+    planning: Planning,
+) -> bool:
+    """Whether x will come in basis order: all sites of its weight can be on one basis."""
+    sizes = {other.decomposed for other, _ in wanted if other.linear.weight == site.linear.weight}
+    return _may_fold(site, folds, planning) and not planning.opaque_cache and len(sizes) == 1
 
 
 def _second_try(choice: Choice, planning: Planning) -> list[Choice]:

@@ -1,0 +1,223 @@
+"""``export_onnx``: a model as a smaller ONNX file, proved and timed in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from bda_fx.exporters.exported import Exported, ExportError, Timing
+from bda_fx.exporters.identify_model import call_of, identify_model
+from bda_fx.exporters.place_output import Staging, place_output, require_space
+from bda_fx.exporters.prove import prove
+from bda_fx.exporters.rewrite_pair import Pair, require, rewrite_pair
+from bda_fx.exporters.time_pairs import time_pairs
+from bda_fx.exporters.write_evidence import write_evidence
+from bda_fx.fidelity_report import Fidelity
+from bda_fx.generate_inputs import Inputs
+from bda_fx.options import Options
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXTERNAL_FROM = 2**31 - 2**26
+"""Bytes of weights from which on they go into a file of their own: protobuf ends at 2 GiB, and the
+graph needs room too."""
+
+
+def export_onnx(
+    model_or_program: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+    opset: int | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+    inputs: Sequence[Inputs] | None = None,
+    budget: float = 4.0,
+    measure: bool = True,
+    keep_slower: bool | None = None,
+    calibration: Sequence[Inputs] | None = None,
+    external_data: bool | None = None,
+    threads: int = 0,
+    command: str | None = None,
+) -> Exported:
+    """Rewrite a model and write it as ONNX, with the proof that it is the same model beside it.
+
+    The file holds standard ops alone and runs wherever ONNX does. Beside ``model.onnx`` lie
+    ``model.onnx.bda.json`` and ``model.onnx.bda.md``: identity, sizes, noise, latency, sites.
+
+    Args:
+        model_or_program: a module in ``eval()``, or a program.
+        path: where to write; external data is put beside it as ``<name>.data``.
+        args, kwargs: example inputs for a module.
+        dynamic_shapes: as in ``torch.export.export``; names of ``Dim`` become names of axes.
+        options: of the rewrite. A basis left "auto" is "slices": ONNX Runtime gathers along the
+            last axis element by element, which costs more than the smaller product saves.
+        opset: the operator set, by default 23.
+        overwrite: replace existing files.
+        check: check the model, load it at every optimisation level of ONNX Runtime, and compare it
+            there with the original (``prove``).
+        inputs: what to compare on, each (args, kwargs). By default the example and inputs made
+            from the signature, with open axes drawn from their ranges.
+        budget: largest noise ratio that passes.
+        measure: time original and rewritten model in ONNX Runtime.
+        keep_slower: whether a site that is slower in its new form is rewritten all the same.
+            By default it is not, if ``measure`` and ``check`` are set: single sites are timed too.
+        calibration: as in ``bda_fx.rewrite``.
+        external_data: whether weights go into a file of their own; by default from 2 GB on.
+        threads: of ONNX Runtime, for what is measured; 0 is all cores.
+        command: how the user called this, for the evidence.
+
+    Raises:
+        ExportError: a package is missing, the output cannot be written, the model does not
+            translate or load, or the proof failed. Nothing is left behind.
+        ValueError, TypeError: as ``bda_fx.rewrite``.
+
+    Cost: the rewrite, two translations (twice the weights on disk for a while) and, with ``check``,
+    two runs in float64 for each input.
+    """
+    require("onnx", "'bda-fx[onnx]'", "export_onnx")
+    require("onnxscript", "'bda-fx[onnx]'", "export_onnx")
+    if check:
+        require("onnxruntime", "'bda-fx[onnx]'", "export_onnx(check=True)")
+    with place_output(path, overwrite=overwrite) as staging:
+        pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
+        require_space(staging.destination.parent, 2 * (pair.report.bytes_before or 0))
+        sites: tuple[Timing, ...] = ()
+        if keep_slower is None and check and measure:
+            pair, sites = _without_slower(pair, calibration, threads)
+        if command is None:
+            command = call_of(
+                "export_onnx", staging.destination.name, pair.options, opset=opset, budget=budget
+            )
+        packages = ("onnx", "onnxscript", "onnxruntime")
+        identity = identify_model(pair.original, pair.options, command, packages)
+        original = staging.scratch / "original.onnx"
+        write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
+        metadata = {
+            "bda_fx.identity": json.dumps(identity, default=str),
+            "bda_fx.report": json.dumps(pair.report.to_dict(), default=str),
+            "bda_fx.summary": pair.report.summary(),
+        }
+        model = write_onnx(
+            pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
+        )
+        details: dict[str, Any] = {"opset": model.opset_imports[""]}
+        from bda_fx.exporters.check_onnx import check_onnx, weight_bytes
+
+        fidelity: Fidelity | None = None
+        timings: tuple[Timing, ...] = ()
+        if check:
+            details |= check_onnx(pair, original, staging)
+            fidelity, timings = _prove_and_time(
+                pair, original, staging, inputs, budget, measure, threads
+            )
+        files = staging.files()
+        result = Exported(
+            path=staging.destination,
+            files=tuple(files),
+            target="onnx",
+            report=pair.report,
+            fidelity=fidelity,
+            fidelity_reason=None if check else "check=False",
+            bytes_before=weight_bytes(original),
+            bytes_after=weight_bytes(staging.path),
+            file_bytes=sum((staging.directory / file.name).stat().st_size for file in files),
+            timings=timings,
+            site_timings=sites,
+            identity=identity,
+            details=details,
+        )
+        return write_evidence(result, staging)
+
+
+def write_onnx(
+    program: ExportedProgram,
+    path: Path,
+    dynamic_shapes: Any,
+    opset: int | None,
+    external_data: bool | None,
+    metadata: Mapping[str, str] | None = None,
+    broadcast: bool = False,
+) -> ir.Model:
+    """Translate ``program``, save it and return it.
+
+    ``broadcast`` keeps the broadcast sums of the rewritten form (see ``spell_sums``).
+
+    Raises:
+        ExportError: an op has no translation; with the translator's reason.
+    """
+    import onnx_ir as ir
+
+    from bda_fx.exporters.spell_sums import spell_sums
+    from bda_fx.exporters.translate_onnx import translate_onnx
+
+    try:
+        model = translate_onnx(program, dynamic_shapes, opset)
+    except Exception as error:  # the translator wraps whatever a node's function raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"torch.onnx does not translate the program: {reason}; torch.onnx.export(program, "
+            "report=True) shows the op"
+        ) from error
+    if not broadcast:
+        model = spell_sums(model)
+    model.metadata_props.update(metadata or {})
+    large = _bytes(model) > EXTERNAL_FROM if external_data is None else external_data
+    ir.save(model, path, external_data=f"{path.name}.data" if large else None)
+    return model
+
+
+def _bytes(model: ir.Model) -> int:
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def _without_slower(
+    pair: Pair, calibration: Sequence[Inputs] | None, threads: int
+) -> tuple[Pair, tuple[Timing, ...]]:
+    """Leave out sites that are slower in their new form, until none is left."""
+    from bda_fx.exporters.time_sites import slower, time_sites
+
+    every: dict[str, Timing] = {}
+    while True:
+        timings = time_sites(pair.original, pair.report, threads)
+        every |= {timing.name: timing for timing in timings}
+        left_out = slower(pair.report, timings)
+        if not left_out:
+            return pair, tuple(every.values())
+        pair = pair.without(left_out, calibration)
+
+
+def _prove_and_time(
+    pair: Pair,
+    original: Path,
+    staging: Staging,
+    inputs: Sequence[Inputs] | None,
+    budget: float,
+    measure: bool,
+    threads: int,
+) -> tuple[Fidelity, tuple[Timing, ...]]:
+    from bda_fx.exporters.run_onnx import Session
+
+    batches, made = pair.inputs(inputs)
+    before = Session(original, pair.original, threads=threads)
+    after = Session(staging.path, pair.original, threads=threads)
+    fidelity = prove(pair.original, before, after, batches, made=made, budget=budget)
+    if not measure:
+        return fidelity, ()
+    timings = []
+    for batch in batches[:2]:
+        feeds = before.feeds(batch)
+        name = ", ".join(f"{key} {list(value.shape)}" for key, value in feeds.items())
+        timings.append(time_pairs(name, lambda: before.run(feeds), lambda: after.run(feeds)))  # noqa: B023
+    return fidelity, tuple(timings)

@@ -1,0 +1,85 @@
+"""Spell the identity part for ONNX Runtime: one flat addition instead of a broadcast one.
+
+    reshape(y, [*, G, W]) + unsqueeze(x_B)   →   reshape(y + concat(x_B, …, x_B), [*, G, W])
+
+with x_B [*, W] G times. A broadcast over an axis in the middle is added in runs of W elements only,
+and the reshape stands between product and addition. Measured in ONNX Runtime 1.32 on CPU, K and V
+of a layer against the original (speedup, one thread):
+
+    rows of x by        gather                slice
+    identity added by   broadcast             broadcast   concat
+    rxnfp                    0.63                  1.05     1.13
+    MiniLM-L6                0.66                  0.95     1.01
+    DeepSeek-V2-Lite         1.10                  1.21     1.24
+
+TensorRT fuses the broadcast, the bias and the moves that follow into one kernel, so it keeps them.
+
+Written as a rewrite rule of onnxscript on the translated model, whose shapes it reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
+from onnxscript.rewriter.rules.common import reshape_reshape_rule
+
+
+class ConcatenateGroups(RewriteRuleClassBase):
+    """The rule of the module docstring."""
+
+    def __init__(self) -> None:
+        super().__init__(remove_nodes=False)  # x_B is read by several sums
+
+    def pattern(self, op: Any, y: Any, x: Any, grouped: Any, axes: Any) -> Any:
+        return op.Add(op.Reshape(y, grouped, _outputs=["y_groups"]), op.Unsqueeze(x, axes))
+
+    def check(self, context: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, **_: Any) -> bool:
+        return _groups(y, x, y_groups) is not None
+
+    def rewrite(
+        self, op: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, grouped: ir.Value, **_: Any
+    ) -> Any:
+        copies = _groups(y, x, y_groups) or 1
+        producer = y_groups.producer()
+        assert producer is not None
+        flat = op.Add(y, op.Concat(*[x] * copies, axis=-1))
+        return op.Reshape(flat, grouped, **dict(producer.attributes))
+
+
+def spell_sums(model: ir.Model) -> ir.Model:
+    """Apply the rule wherever it holds, and drop what nobody reads any more."""
+    rules = RewriteRuleSet([ConcatenateGroups.rule(), reshape_reshape_rule])
+    return rewrite(model, pattern_rewrite_rules=rules)
+
+
+def basis_sums(model: ir.Model) -> list[str]:
+    """Names of the broadcast additions in a model that put x_B in."""
+    found = []
+    for node in model.graph:
+        if node.op_type != "Add" or node.name is None:
+            continue
+        operands = {value.producer() for value in node.inputs if value is not None}
+        by_type = {operand.op_type: operand for operand in operands if operand is not None}
+        grouped, spread = by_type.get("Reshape"), by_type.get("Unsqueeze")
+        if grouped is None or spread is None:
+            continue
+        y, x = grouped.inputs[0], spread.inputs[0]
+        if y is not None and x is not None and _groups(y, x, grouped.outputs[0]) is not None:
+            found.append(node.name)
+    return found
+
+
+def _groups(y: ir.Value, x: ir.Value, y_groups: ir.Value) -> int | None:
+    """G where y is [*, G·W], x [*, W] and y_groups [*, G, W]; None where they are not."""
+    if y.shape is None or x.shape is None or y_groups.shape is None:
+        return None
+    whole, part, groups = list(y.shape), list(x.shape), list(y_groups.shape)
+    if part[:-1] != whole[:-1] or len(groups) != len(whole) + 1:
+        return None
+    sizes = [n for n in (*groups[-2:], whole[-1], part[-1]) if isinstance(n, int)]
+    if len(sizes) < 4:
+        return None
+    count, width, features, basis = sizes
+    return count if width == basis and count * width == features else None
