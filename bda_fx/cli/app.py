@@ -95,6 +95,10 @@ Budget = Annotated[
         "precision, else 1.4].",
     ),
 ]
+ProofBudget = Annotated[
+    float,
+    typer.Option(min=1.0, help="Largest error that passes, × the original's own against float64."),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -235,8 +239,15 @@ def export(
     calibration: Calibration = None,
     inputs: InputFile = None,
     weights: Weights = None,
+    budget: ProofBudget = 4.0,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure", help="Time it against the original in its runtime, or not."
+        ),
+    ] = True,
     opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set [default: the current one].")
+        int | None, typer.Option(help="ONNX operator set [default: a current one].")
     ] = None,
     batch: Batch = 2,
     length: Length = 32,
@@ -257,8 +268,16 @@ def export(
             no_memory_check=no_memory_check,
         )  # fmt: skip
         options = _options(noise_budget, kv_cache, side)
-        extra = {} if opset is None else {"opset": opset}
-        return export_model(model, to, out, settings, options, force=force, extra=extra)(stages)
+        arguments: dict[str, Any] = {"budget": budget}
+        if to is not Target.tensorrt:
+            arguments["measure"] = measure
+        if opset is not None:
+            if to is Target.aoti:
+                raise CliError("--opset does not apply to aoti", "leave it out", ExitCode.USAGE)
+            arguments["opset"] = opset
+        return export_model(model, to, out, settings, options, force=force, arguments=arguments)(
+            stages
+        )
 
     run_command(work, Output(json, quiet))
 
@@ -269,9 +288,7 @@ def verify(
         str, typer.Argument(metavar="A", help=f"The reference. {MODEL_HELP} Or an ONNX file.")
     ],
     candidate: Annotated[str, typer.Argument(metavar="B", help="What should equal it.")],
-    budget: Annotated[
-        float, typer.Option(help="Largest error of B, × A's own against float64.")
-    ] = 4.0,
+    budget: ProofBudget = 4.0,
     task: Task = None,
     dtype: AsDtype = Dtype.auto,
     calibration: Calibration = None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,19 +16,26 @@ from torch.export import ExportedProgram
 
 import bda_fx
 from bda_fx.cli.errors import CliError, ExitCode, first_line
-from bda_fx.cli.foresee_memory import return_freed
+from bda_fx.cli.foresee_memory import return_freed_memory
 from bda_fx.cli.open_model import Opened, Settings, open_model
 from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result
 from bda_fx.cli.show_report import report_table, saved_params
-from bda_fx.cli.write_output import Sink, check_output, size, written_whole
+from bda_fx.cli.write_output import Sink, check_output
+from bda_fx.exporters.exported import Exported
+from bda_fx.exporters.identify_model import identify_model
+from bda_fx.exporters.place_output import place_output
+from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.generate_inputs import Inputs
+from bda_fx.options import Options
 from bda_fx.pipeline import on_step
 
 STEPS = 11
 """Steps of the pipeline, with the export: what the bar counts to."""
 CALIBRATIONS = 8
 """Batches of text that shares of noise are estimated on: each takes a backward pass."""
+PROOFS = 4
+"""Inputs that an export is proved on, where there are real ones."""
 EXPORTERS = {"onnx": "export_onnx", "tensorrt": "export_tensorrt", "aoti": "export_aoti"}
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "aoti": ".pt2"}
 
@@ -35,6 +44,7 @@ def inspect_model(name: str, settings: Settings, options: Mapping[str, Any]) -> 
     """What could be saved in each layer; a :class:`Result` for ``run_command``."""
 
     def work(stages: Stages) -> Result:
+        return_freed_memory()
         opened = _open(name, settings, stages)
         with _steps(stages, "inspecting"):
             report = bda_fx.analyze(
@@ -56,28 +66,34 @@ def rewrite_model(
     def work(stages: Stages) -> Result:
         _check_suffix(out, ".pt2")
         check_output(out, force=force)
+        return_freed_memory()
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, "rewriting"):
+            program = program_of(opened, stages)
             rewrite = bda_fx.rewrite(
-                program_of(opened, stages),
-                options=options,
-                calibration=_calibration(opened, settings),
+                program, options=options, calibration=_calibration(opened, settings)
             )
         with (
             stages.stage(f"writing {out}"),
-            written_whole(out, force=force) as temporary,
-            Sink(temporary) as file,
+            place_output(out, overwrite=force) as staging,
         ):
-            torch.export.save(rewrite.program, cast(IO[bytes], file))
-        data = {
-            "model": name,
-            "output": str(out),
-            "file_bytes": out.stat().st_size,
-            "dynamic": open_sizes(rewrite.program),
-            "report": rewrite.report.to_dict(),
-        }
-        text = f"{out} ({size(out.stat().st_size)}): {rewrite.report.summary()}"
-        return Result(data, text)
+            with Sink(staging.path) as file:
+                torch.export.save(rewrite.program, cast(IO[bytes], file))
+            written = Exported(
+                path=out,
+                files=(out,),
+                target="program",
+                report=rewrite.report,
+                fidelity=None,
+                bytes_before=rewrite.report.bytes_before,
+                bytes_after=rewrite.report.bytes_after or 0,
+                file_bytes=staging.path.stat().st_size,
+                fidelity_reason=f"bda-fx verify MODEL {out.name} measures it",
+                identity=identify_model(program, Options.of(options), command_line()),
+                details={"inputs": open_sizes(rewrite.program)},
+            )
+            written = write_evidence(written, staging)
+        return Result({"model": name, **written.to_dict()}, str(written))
 
     return work
 
@@ -90,7 +106,7 @@ def export_model(
     options: Mapping[str, Any],
     *,
     force: bool,
-    extra: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> Any:
     """Write ``out`` with the exporter for ``target``; it proves itself, or leaves no file."""
 
@@ -101,21 +117,22 @@ def export_model(
             )
         _check_suffix(out, SUFFIXES[target])
         check_output(out, force=force)
-        exporter = getattr(bda_fx, EXPORTERS[target], None)
-        if exporter is None:
-            raise CliError(
-                f"this bda-fx {bda_fx.__version__} has no exporter to {target}",
-                "update bda-fx; bda-fx doctor lists what works",
-                ExitCode.NOT_INSTALLED,
-            )
+        exporter = getattr(bda_fx, EXPORTERS[target])
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, f"exporting to {target}"):
+            program = program_of(opened, stages)
             exported = exporter(
-                program_of(opened, stages),
+                program,
                 out,
+                opened.args,
+                opened.kwargs,
+                dynamic_shapes=opened.dynamic_shapes,
                 options=options,
                 overwrite=force,
-                **extra,
+                inputs=opened.more_inputs(PROOFS) if opened.more_inputs else None,
+                calibration=_calibration(opened, settings),
+                command=command_line(),
+                **arguments,
             )
         return Result({"model": name, **exported.to_dict()}, str(exported))
 
@@ -160,6 +177,8 @@ def _calibration(opened: Opened, settings: Settings) -> list[Inputs] | None:
 def program_of(opened: Opened, stages: Stages) -> ExportedProgram:
     """``opened`` as a program, with named open sizes where the model lets them be open.
 
+    Else ``opened.dynamic_shapes`` is None afterwards.
+
     Raises:
         CliError: the model does not export.
     """
@@ -171,6 +190,7 @@ def program_of(opened: Opened, stages: Stages) -> ExportedProgram:
         except torch._dynamo.exc.UserError:
             # A size that was to be open cannot be, or only within limits: the export settles it.
             program = _export(opened, _settled(opened.dynamic_shapes))
+            opened.dynamic_shapes = None
             stages.note(f"some sizes are fixed by the model or limited: {open_sizes(program)}")
             return program
     except Exception as error:  # tracing a stranger's model fails in any way
@@ -179,6 +199,11 @@ def program_of(opened: Opened, stages: Stages) -> ExportedProgram:
             "--static exports it for one size; --inputs passes other examples",
             ExitCode.CANNOT_CONVERT,
         ) from error
+
+
+def command_line() -> str:
+    """The command that is being run, for the evidence."""
+    return shlex.join(["bda-fx", *sys.argv[1:]])
 
 
 def _export(opened: Opened, dynamic_shapes: Any) -> ExportedProgram:
@@ -218,12 +243,7 @@ def open_sizes(program: ExportedProgram) -> dict[str, list[str | int]]:
 def _steps(stages: Stages, name: str) -> Iterator[None]:
     """A stage that counts the steps of the pipeline."""
     with stages.stage(name, STEPS) as stage:
-
-        def begin(step: str) -> None:
-            return_freed()
-            stage.advance(step)
-
-        token = on_step.set(begin)
+        token = on_step.set(stage.advance)
         try:
             yield
         finally:

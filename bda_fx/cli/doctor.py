@@ -92,10 +92,10 @@ def _abilities() -> list[Ability]:
     return [
         _ability("Hugging Face directories", "hf", "transformers", "safetensors"),
         _ability("timm models", "", "timm"),
-        _exporter("export --to onnx", "export_onnx", "onnx", "onnx", "onnxscript", "onnxruntime"),
-        _exporter("export --to tensorrt", "export_tensorrt", "tensorrt", "tensorrt_rtx_bindings"),
-        _compiled("export --to aoti", "export_aoti"),
-        _compiled('torch.compile(backend="bda")', "bda_backend"),
+        _ability("export --to onnx", "onnx", "onnx", "onnxscript", "onnxruntime"),
+        _ability("export --to tensorrt", "tensorrt", "onnxscript", "tensorrt_rtx_bindings"),
+        _compiled("export --to aoti"),
+        _compiled('torch.compile(backend="bda")'),
         _ability("verify an ONNX file", "onnx", "onnx", "onnxruntime"),
     ]
 
@@ -114,16 +114,8 @@ def _imports(module: str) -> bool:
         return False
 
 
-def _exporter(name: str, function: str, extra: str, *modules: str) -> Ability:
-    if getattr(bda_fx, function, None) is None:
-        return Ability(name, False, f"bda_fx.{function}", "a newer bda-fx")
-    return _ability(name, extra, *modules)
-
-
-def _compiled(name: str, function: str) -> Ability:
+def _compiled(name: str) -> Ability:
     """What Inductor compiles needs a C++ compiler."""
-    if getattr(bda_fx, function, None) is None:
-        return Ability(name, False, f"bda_fx.{function}", "a newer bda-fx")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         return Ability(name, False, "a C++ compiler", "your system's g++ or clang++")

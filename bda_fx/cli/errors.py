@@ -7,6 +7,7 @@ one place, so that the same cause has the same exit code whichever command meets
 from __future__ import annotations
 
 import errno
+import re
 from enum import IntEnum
 
 
@@ -45,6 +46,8 @@ _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 # What PyTorch and ONNX Runtime say of failed allocations, which are RuntimeErrors on the CPU.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Failed to allocate memory")
+
+_LAST_PART = re.compile(r"(.*?)(?:([:;]) ([^:;]*))?$")
 
 
 class CliError(Exception):
@@ -91,9 +94,11 @@ def _by_type(error: BaseException, text: str) -> CliError:
     names = {kind.__name__ for kind in type(error).__mro__}
     if "OptionError" in names:
         return CliError(text, "bda-fx COMMAND --help lists the values", ExitCode.USAGE)
-    if "ExportError" in names:
-        remedy = getattr(error, "remedy", None) or "bda-fx inspect MODEL shows what was found"
-        return CliError(text, remedy, ExitCode.CANNOT_CONVERT)
+    if "ExportError" in names:  # "what is wrong: what to do", or with a semicolon
+        message, _, remedy = _LAST_PART.match(text).groups()  # type: ignore[union-attr]
+        missing = _cause(error, ImportError) is not None
+        code = ExitCode.NOT_INSTALLED if missing else ExitCode.CANNOT_CONVERT
+        return CliError(message, remedy or "bda-fx inspect MODEL shows what was found", code)
     if isinstance(error, ImportError):
         package = error.name or "a package"
         return CliError(

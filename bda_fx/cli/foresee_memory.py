@@ -12,6 +12,8 @@ PEAK = 2.5
 """Peak memory over bytes of weights, of opening and rewriting a model: `make cli-memory` measures
 it. Comes to more for small models, whose weights are little beside PyTorch itself."""
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def check_memory(weight_bytes: int, *, factor: float = PEAK, ignore: bool = False) -> None:
     """Refuse what will not fit.
@@ -37,11 +39,12 @@ def check_memory(weight_bytes: int, *, factor: float = PEAK, ignore: bool = Fals
     )
 
 
-def return_freed() -> None:
-    """Give memory that was freed back to the system, under glibc.
+def return_freed_memory() -> None:
+    """Have the C library give large blocks back to the system as they are freed, under glibc.
 
-    Planning runs in threads, and glibc keeps what a thread frees for that thread alone: the next
-    step would take as much again.
+    Left to itself it keeps what a thread frees for that thread (planning runs in threads), in holes
+    between what stays: half the weights of a model, in the end. Blocks from a megabyte on are
+    mapped one by one instead, which costs a page fault for each 4 KiB at first touch.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -36,7 +36,7 @@ _SYNTAX = (
 )  # fmt: skip
 
 
-_OUTPUT_CLASS = re.compile(rb'\\\\"type\\\\": \\\\"(transformers(?:\.\w+)*)\.\w+\\\\"')
+_OUTPUT_CLASS = re.compile(rb'\\"type\\": \\"(transformers(?:\.\w+)*)\.\w+\\"')
 """A class of transformers in the structure of inputs or outputs (JSON within JSON)."""
 
 

@@ -1,13 +1,13 @@
-"""Write outputs whole or not at all: a temporary name beside the output, renamed at the end."""
+"""Look at an output before the work begins, and write to it without ending the process.
+
+That outputs appear whole or not at all is the work of ``bda_fx.exporters.place_output``.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,29 +53,6 @@ def check_output(path: Path, *, force: bool, needed: int = 0) -> None:
         )
 
 
-@contextlib.contextmanager
-def written_whole(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary path to write to; it becomes ``path`` if the block ends well, else it goes.
-
-    The temporary name is in the folder of ``path``, so that the last step is a rename, and keeps
-    its suffix, by which some writers choose a format. What appeared under the name of ``path`` in
-    the meantime is not overwritten without ``force``.
-    """
-    folder = path.absolute().parent
-    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=folder))
-    try:
-        temporary = place / path.name
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if force:
-            temporary.replace(path)
-        else:
-            _rename_new(temporary, path)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 class Sink(io.RawIOBase):
     """A file for writers that cannot cope with errors; ``close`` raises the first one.
 
@@ -117,22 +94,6 @@ class Sink(io.RawIOBase):
             self._error = self._error or error
         if self._error is not None:
             raise self._error
-
-
-def _rename_new(temporary: Path, path: Path) -> None:
-    """Rename, unless the new name is taken: a link fails then, a rename would not."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise CliError(
-            f"{path} was made by someone else in the meantime",
-            "choose another name with -o, or replace it with --force",
-            ExitCode.CANNOT_WRITE,
-        ) from None
-    except OSError:  # a file system without links
-        if path.exists():
-            raise
-        temporary.rename(path)
 
 
 def size(count: int) -> str:

@@ -21,7 +21,6 @@ import bda_fx
 Run = Callable[..., Any]
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-EXPORTERS = {"onnx": "export_onnx", "aoti": "export_aoti"}
 
 
 def unavailable(way: str) -> str | None:
@@ -29,9 +28,6 @@ def unavailable(way: str) -> str | None:
     missing = [name for name in NEEDS.get(way, ()) if find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} is not installed: pip install 'bda-fx[{way}]'"
-    exporter = EXPORTERS.get(way)
-    if exporter is not None and not hasattr(bda_fx, exporter):
-        return f"this bda_fx {bda_fx.__version__} has no {exporter}"
     if way in ("compiled", "aoti") and not _cpp_compiler():
         return "there is no C++ compiler, which Inductor needs"
     return None

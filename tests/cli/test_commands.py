@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,10 +96,11 @@ def test_rewrite_writes_a_program_that_needs_no_bda_fx(
     out = tmp_path / "out.pt2"
     ran = cli("rewrite", bert, "-o", out, "--json")
     assert ran.code == 0, ran.err
-    assert files(tmp_path) == {"out.pt2"}
+    assert files(tmp_path) == {"out.pt2", "out.pt2.bda.json", "out.pt2.bda.md"}
+    assert json.loads((tmp_path / "out.pt2.bda.json").read_text())["target"] == "program"
     assert ran.data["report"]["rewritten"] == SITES
     assert ran.data["file_bytes"] == out.stat().st_size
-    names = {str(size) for shape in ran.data["dynamic"].values() for size in shape}
+    names = {str(size) for shape in ran.data["details"]["inputs"].values() for size in shape}
     assert len(names) == 2  # batch and length, each the same in every input
     ids = torch.arange(30).view(3, 10)
     program = torch.export.load(out)
@@ -113,7 +115,6 @@ def test_force_replaces_an_output(cli: Cli, rewritten: Path, tmp_path: Path) -> 
     ran = cli("rewrite", rewritten, "-o", out, "--force")
     assert ran.code == 0, ran.err
     assert out.stat().st_size > 1000
-    assert files(tmp_path) == {"out.pt2"}
 
 
 def test_verify_finds_a_rewrite_equivalent(cli: Cli, bert: Path, rewritten: Path) -> None:
