@@ -251,6 +251,10 @@ class Relu(nn.Module):
         return x.relu()
 
 
+def relu() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Relu(), (torch.ones(3, 2),)
+
+
 def change_program(path: Path, old: str | None, new: str) -> None:
     """A program with something else in its graph; for ``old`` None in its size expressions."""
     import zipfile
@@ -353,9 +357,7 @@ def test_no_memory_is_foreseen(
     ("number", "code"),
     [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED)],
 )
-def test_a_signal_while_it_is_written(
-    rewritten: Path, out: Path, number: signal.Signals, code: ExitCode
-) -> None:
+def test_a_signal_while_it_is_written(out: Path, number: signal.Signals, code: ExitCode) -> None:
     slow = (
         "import sys, time, torch\n"
         "import bda_fx.cli.app as app\n"
@@ -367,7 +369,7 @@ def test_a_signal_while_it_is_written(
         "app.main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, "rewrite", str(rewritten), "-o", str(out)],
+        [sys.executable, "-c", slow, "rewrite", f"{__name__}:relu", "-o", str(out)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
