@@ -76,7 +76,7 @@ class OnnxModel:
         if self._wide is None:
             from onnx.reference import ReferenceEvaluator
 
-            self._wide = ReferenceEvaluator(_widened(self.path))
+            self._wide = ReferenceEvaluator(_widened(self.path), new_ops=_float64_ops())
         feed = {
             name: (value.double() if value.is_floating_point() else value).cpu().numpy()
             for name, value in self.feed(args, kwargs).items()
@@ -170,6 +170,27 @@ def _rows_indexed(graph: Any, numpy_helper: Any) -> dict[str, int]:
 
 
 # -- float64 ----------------------------------------------------------------------------------
+
+
+def _float64_ops() -> list[Any]:
+    """Ops that onnx's reference implementation computes in float32 whatever they are given: its
+    Erf, and Gelu, which is spelled with that and with constants of float32."""
+    from onnx.reference.op_run import OpRun
+
+    class Erf(OpRun):  # type: ignore[misc]
+        op_domain = ""
+
+        def _run(self, x: Any) -> tuple[Any]:
+            return (torch.erf(torch.as_tensor(x)).numpy(),)
+
+    class Gelu(OpRun):  # type: ignore[misc]
+        op_domain = ""
+
+        def _run(self, x: Any, approximate: str = "none") -> tuple[Any]:
+            value = torch.nn.functional.gelu(torch.as_tensor(x), approximate=approximate)
+            return (value.numpy(),)
+
+    return [Erf, Gelu]
 
 
 def _widened(path: Path) -> Any:

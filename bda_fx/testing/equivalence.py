@@ -59,7 +59,8 @@ class Equivalence:
         lines += [f"{way:{width}}  not run: {reason}" for way, reason in self.skipped.items()]
         for way, fidelity in self.fidelities.items():
             if not fidelity.passed:
-                lines += ["", f"{way}:", fidelity.to_markdown()]
+                table = fidelity.to_markdown().partition("\n\n|")[2]
+                lines += ["", f"{way}:", f"|{table}"]
         if self.report is not None and not self.passed:
             lines += ["", str(self.report)]
         return "\n".join(lines)

@@ -73,10 +73,12 @@ class Check:
         from bda_fx.testing.equivalence import NotEquivalent, assert_equivalent
 
         dtype = getattr(torch, self.dtype)
+        failure: NotEquivalent | None = None
         try:
             return assert_equivalent(model, inputs, *args, dtype=dtype, ways=(self.way,), **kwargs)
         except NotEquivalent as error:
-            pytest.fail(str(error), pytrace=False)
+            failure = error
+        pytest.fail(str(failure), pytrace=False)  # outside, so that it is shown once
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ class Plain(nn.Module):
         seeded(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = nn.functional.gelu(self.norm(self.first(x))) * 0.3
+        y = nn.functional.gelu(self.norm(self.first(x))) * 0.25
         return self.second(y.float()).softmax(-1)
 
 

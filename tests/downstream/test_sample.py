@@ -57,7 +57,7 @@ def test_a_wrong_weight_fails_with_a_table(sample: str) -> None:
 def test_a_noisy_rewrite_fails_and_shows_the_sites(sample: str) -> None:
     assert "test_a_basis_that_is_too_noisy[float32-program] FAILED" in sample
     assert re.search(r"program +NOT EQUIVALENT, [\d.]+ × .*budget 2\)", sample)
-    assert "+ qk k.weight: 3 heads × 8, basis 8 of 24" in sample
+    assert "+ qk q.weight: 3 heads × 8, basis 8 of 24" in sample
 
 
 def test_nothing_heavy_is_loaded_when_pytest_starts(tmp_path: Path) -> None:
