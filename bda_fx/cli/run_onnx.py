@@ -177,13 +177,13 @@ def _float64_ops() -> list[Any]:
     Erf, and Gelu, which is spelled with that and with constants of float32."""
     from onnx.reference.op_run import OpRun
 
-    class Erf(OpRun):  # type: ignore[misc]
+    class Erf(OpRun):
         op_domain = ""
 
         def _run(self, x: Any) -> tuple[Any]:
             return (torch.erf(torch.as_tensor(x)).numpy(),)
 
-    class Gelu(OpRun):  # type: ignore[misc]
+    class Gelu(OpRun):
         op_domain = ""
 
         def _run(self, x: Any, approximate: str = "none") -> tuple[Any]:
