@@ -64,9 +64,9 @@ class BasisFits:
         balanced: bool = True,
     ) -> None:
         self.dtype, self.balanced = dtype, balanced
-        # All sites of a model are held at a time: the heads as they are stored (they came from this
-        # dtype, so nothing is lost), and of the other factors their moments alone.
-        heads = [w.heads.to(dtype) for w in weights]
+        # All sites of a model are held at a time: the heads as they are stored, and of the other
+        # factors their moments alone.
+        heads = [_as_stored(w.heads, dtype) for w in weights]
         self.projections = [(h, w.bias) for h, w in zip(heads, weights, strict=True)]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
@@ -113,3 +113,9 @@ class BasisFits:
             residual = change.residual
         noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)
         return Fit(rows, noise.site, noise.worst, condition, residual)
+
+
+def _as_stored(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """``heads`` in ``dtype``, where nothing is lost by it: weights were widened from there."""
+    narrow = heads.to(dtype)
+    return narrow if torch.equal(narrow.to(heads.dtype), heads) else heads
