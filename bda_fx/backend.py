@@ -21,7 +21,6 @@ from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights
 from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
-from bda_fx.passes.fit_basis import MAX_RESIDUAL
 from bda_fx.passes.transform_weights import transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.report import report_of
@@ -132,7 +131,9 @@ def _compile(
             warnings.warn(f"{error}. The original graph runs instead.", stacklevel=2)
             return original(str(error), args)
         if derived is None:
-            return original("these weights do not meet the noise budget at the graph's size", args)
+            return original(
+                "these weights do not meet the noise budget or the range of their dtype", args
+            )
         return compiled(*derived, *[args[i] for i in live])
 
     call.derived_weights = derived_weights  # type: ignore[attr-defined]
@@ -158,8 +159,7 @@ def _derivation(
         if not all(value.isfinite().all() for value in values.values()):
             return None
         transformed = transform_weights(plan, values, use_planned_rows=False)
-        exact = all(residual <= MAX_RESIDUAL for residual in transformed.residual)
-        if not exact or not plan.allows(transformed.noise):
+        if not transformed.usable or not plan.allows(transformed.noise):
             return None
         tensors = {**transformed.tensors, **fixed}
         return tuple(tensors[key] for key in order)

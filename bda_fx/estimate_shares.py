@@ -11,6 +11,9 @@ nodes is the site's share. It is exact for one input up to the sampling of z, wh
 average out. ρ_n counts roundings: one a value, and more for sums that are kept in the dtype itself;
 data movement does not round, a cast down does, and nodes of a wider dtype do not count.
 
+The same pass shows the second moments of values and gradients at each factor of a site, and of the
+gradients of its weights: with them ``observe_noise`` foretells what a change of basis does.
+
 Inputs are the caller's (``calibration=``), or made up from the program's signature, so that the
 estimate depends on the weights and the program alone.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +34,10 @@ from bda_fx.generate_inputs import make_tensor
 from bda_fx.passes import op_rules
 from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.choose_sizes import example_size
+from bda_fx.passes.observe_noise import Observed
 from bda_fx.passes.predict_noise import keeps_sums_wide, partial_roundings
-from bda_fx.passes.sites import OUT, Linear, Site
+from bda_fx.passes.read_weights import FactorKey, factor_key
+from bda_fx.passes.sites import IN, OUT, Linear, Site
 
 log = logging.getLogger("bda_fx")
 
@@ -45,22 +51,35 @@ MOST_OUTPUTS = 4
 MOST_WORK = 3e10
 """Multiplications of linears up to which an estimate is made unasked: a few seconds."""
 
+Features = tuple[tuple[int, ...], ...]
+
 _MOVEMENT = op_rules.MOVES | op_rules.KEEPS | op_rules.SCATTERS | op_rules.WRITES | op_rules.STORES
+
+
+@dataclass(frozen=True)
+class Shares:
+    """``of_sites``: the share of each site in the noise of each of the first outputs.
+
+    ``observed``: moments of each factor of the sites, seen from either side, over all outputs.
+    """
+
+    of_sites: list[list[float]]
+    observed: dict[FactorKey, Observed]
 
 
 def estimate_shares(
     program: Program,
     sites: Sequence[Site],
     inputs: Sequence[Sequence[Any]] | None = None,
-) -> list[list[float]] | None:
-    """The share of each site in the noise of each of the first outputs.
+) -> Shares | None:
+    """What share of the noise each site has, and what is observed of its factors on the way.
 
     ``inputs`` are flat inputs of the program, placeholders in order; None makes some up. Returns
     None where there is no telling: the program is too large to be run unasked, or an op of it
     cannot be run or differentiated.
     """
     if not sites:
-        return []
+        return Shares([], {})
     if inputs is None and _work(program) > MOST_WORK:
         log.info("bda_fx: noise shares are not estimated, the program is too large")
         return None
@@ -69,12 +88,15 @@ def estimate_shares(
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
             given = inputs or [_made_up(program, random) for _ in range(DRAWS)]
-            totals = [_shares(program, sites, flat, random) for flat in given]
+            run = _Backward(program, sites)
+            totals = [_shares(program, sites, run, flat, random) for flat in given]
     except Exception as error:  # whatever an op raises
         log.info("bda_fx: noise shares are not estimated: %s: %s", type(error).__name__, error)
         return None
     mean = torch.tensor(totals, dtype=torch.float64).mean(0) * (1.0 if inputs else CAUTION)
-    return mean.tolist() if mean.numel() and mean.isfinite().all() else None
+    if not mean.numel() or not mean.isfinite().all():
+        return None
+    return Shares(mean.tolist(), run.observed())
 
 
 def _work(program: Program) -> float:
@@ -101,20 +123,23 @@ def _made_up(program: Program, random: torch.Generator) -> list[Any]:
 
 
 def _shares(
-    program: Program, sites: Sequence[Site], flat: Sequence[Any], random: torch.Generator
+    program: Program,
+    sites: Sequence[Site],
+    run: _Backward,
+    flat: Sequence[Any],
+    random: torch.Generator,
 ) -> list[list[float]]:
     """For one input: each site's share in each output."""
     nodes = {node.name: node for node in program.graph.nodes}
     reads = [_reads(site, nodes) for site in sites]
-    run = _Backward(program.module, torch.float32)
-    run.constants = set(constant_nodes(program))
     run.watched = {name for site in reads for name, _, _ in site}
     results = run.run(*flat)
     shares: list[list[float]] = [[] for _ in sites]
     for output in _outputs(program, results)[:MOST_OUTPUTS]:
         cotangent = torch.randn(output.shape, generator=random).to(output.device, output.dtype)
-        run.total, run.energies = 0.0, {}
+        run.start()
         output.backward(cotangent, retain_graph=True)
+        run.finish()
         for at, site in enumerate(reads):
             mine = sum(
                 times * float(run.energies[name][features].sum())
@@ -125,16 +150,20 @@ def _shares(
     return shares
 
 
-def _reads(site: Site, nodes: Mapping[str, fx.Node]) -> list[tuple[str, Tensor, float]]:
-    """What a site rounds: (node, features along its last axis, roundings of each value)."""
-    found = []
+def _factors(site: Site) -> list[tuple[Linear, str, Features]]:
+    """The linears of a site: (linear, axis, features of each head), the decomposed one first."""
     factors: list[tuple[Linear, str, Any]] = [(site.linear, site.axis, site.features)]
-    factors += [
+    return factors + [
         (factor.tensor, factor.axis, factor.features)
         for factor in site.partners
         if isinstance(factor.tensor, Linear)
     ]
-    for linear, axis, features in factors:
+
+
+def _reads(site: Site, nodes: Mapping[str, fx.Node]) -> list[tuple[str, Tensor, float]]:
+    """What a site rounds: (node, features along its last axis, roundings of each value)."""
+    found = []
+    for linear, axis, features in _factors(site):
         index = torch.tensor(sorted({f for head in features for f in head}))
         for name in linear.nodes:
             node = nodes[name]
@@ -188,15 +217,40 @@ class _Backward(Wide):
     """Runs a graph; a backward pass then adds up what the rounding of its nodes does.
 
     ``total``: Σ ρ ε² v² (Jᵀz)² over all nodes that depend on inputs. ``energies``: Σ v² (Jᵀz)² over
-    all but the last axis, of the nodes in ``watched``.
+    all but the last axis, of the nodes in ``watched``. ``observed``: moments of the sites' factors.
     """
 
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype) -> None:
-        super().__init__(module, dtype)
-        self.constants: set[str] = set()
+    def __init__(self, program: Program, sites: Sequence[Site]) -> None:
+        super().__init__(program.module, torch.float32)
+        self.constants = set(constant_nodes(program))
         self.watched: set[str] = set()
         self.total = 0.0
         self.energies: dict[str, Tensor] = {}
+        factors = {
+            factor_key(*factor): factor
+            for site in sites
+            for view in (site, site.other)
+            if view is not None
+            for factor in _factors(view)
+        }
+        self.moments = {key: _FactorMoments(*factor) for key, factor in factors.items()}
+        self.linears: dict[str, list[_FactorMoments]] = {}
+        for key, (linear, _, _) in factors.items():
+            for name in linear.nodes:
+                self.linears.setdefault(name, []).append(self.moments[key])
+
+    def start(self) -> None:
+        """Before a backward pass."""
+        self.total, self.energies = 0.0, {}
+
+    def finish(self) -> None:
+        """After it."""
+        for moments in self.moments.values():
+            moments.finish(self.total)
+
+    def observed(self) -> dict[FactorKey, Observed]:
+        found = {key: moments.observed() for key, moments in self.moments.items()}
+        return {key: seen for key, seen in found.items() if seen is not None}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -233,4 +287,84 @@ class _Backward(Wide):
                     self.energies[n.name] = by_feature.cpu()
 
             value.register_hook(collect)
+        if n.name in self.linears:
+            self.watch_linear(n, value)
         return value
+
+    def watch_linear(self, n: fx.Node, y: Tensor) -> None:
+        """Watch a linear: y [*, F] and x [*, E], and the gradients of both."""
+        (read, *_) = n.all_input_nodes
+        x = self.env[read]
+        inputs = x.detach().reshape(-1, x.shape[-1]).to(y.dtype)  # as the linear widens it
+        outputs = y.detach().reshape(-1, y.shape[-1])
+
+        def at_output(gradient: Tensor) -> None:
+            gradient = gradient.detach().reshape(-1, y.shape[-1])
+            of_weight = gradient.T @ inputs
+            for moments in self.linears[n.name]:
+                moments.add_weight_gradient(of_weight)
+                if moments.axis == OUT:
+                    moments.add(outputs, gradient)
+
+        def at_input(gradient: Tensor) -> None:
+            for moments in self.linears[n.name]:
+                if moments.axis == IN:
+                    moments.add(inputs, gradient.detach().reshape(-1, x.shape[-1]))
+
+        y.register_hook(at_output)
+        if x.requires_grad and any(moments.axis == IN for moments in self.linears[n.name]):
+            x.register_hook(at_input)
+
+
+class _FactorMoments:
+    """Adds up what backward passes show of one factor: heads of a linear's outputs or inputs."""
+
+    def __init__(self, linear: Linear, axis: str, features: Features) -> None:
+        self.axis, self.index = axis, torch.tensor(features)
+        self.often = len(linear.nodes) > 1
+        self.tokens = self.passes = 0
+        zeros = torch.zeros(*self.index.shape, self.index.shape[1], dtype=torch.float64)
+        self.values, self.effects, self.weight_effects = zeros, zeros, zeros
+        self.effect, self.weight_effect = zeros, zeros  # of the pass under way
+        self.gradient: Tensor | None = None
+
+    def add(self, values: Tensor, gradients: Tensor) -> None:
+        """Values and gradients of the linear's outputs or inputs, [tokens, features]."""
+        self.tokens += len(values)
+        self.values = self.values + self._gram(values.T)
+        self.effect = self.effect + self._gram(gradients.T)
+
+    def add_weight_gradient(self, gradient: Tensor) -> None:
+        """[outputs, inputs]; those of several uses of one weight add up before they are squared."""
+        if self.often:
+            self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        else:
+            self._see_gradient(gradient)
+
+    def _see_gradient(self, gradient: Tensor) -> None:
+        rows = gradient if self.axis == OUT else gradient.T
+        self.weight_effect = self.weight_effect + self._gram(rows) / rows.shape[1]
+
+    def _gram(self, rows: Tensor) -> Tensor:
+        """Σ over columns of ``rows`` [features, M], heads apart: [n, D, D]."""
+        heads = rows[self.index.to(rows.device)]
+        return (heads @ heads.mT).double().cpu()
+
+    def finish(self, total: float) -> None:
+        """The pass is over; ``total`` is the noise of its output."""
+        if self.gradient is not None:
+            self._see_gradient(self.gradient)
+        if total > 0:
+            self.effects = self.effects + self.effect / total
+            self.weight_effects = self.weight_effects + self.weight_effect / total
+            self.passes += 1
+        self.effect, self.weight_effect, self.gradient = 0 * self.effect, 0 * self.effect, None
+
+    def observed(self) -> Observed | None:
+        """None where nothing was seen, or nothing that could be reckoned with."""
+        if not self.tokens or not self.passes:
+            return None
+        effects, weight_effects = self.effects / self.passes, self.weight_effects / self.passes
+        found = Observed(self.values / self.tokens, effects, weight_effects)
+        every = (found.values, found.effects, found.weight_effects)
+        return found if all(moment.isfinite().all() for moment in every) else None

@@ -11,6 +11,7 @@ BASES = ("auto", "pivot", "window", "slices", "residual-min", "first")
 PRODUCTS = ("qk", "vo")
 SIDES = ("auto", "kv", "qo")
 CACHES = ("skip", "opaque")
+GRIDS = (None, "int8", "fp8")
 PROFITABILITIES = ("always",)
 INNERS = ("inductor", "aot_eager", "eager", "torch_tensorrt")
 
@@ -43,6 +44,10 @@ class Options:
             word that nobody but the model's own attention reads the cache: then it holds them in
             the new basis, which is the same in every graph of the model. Every call that shares a
             cache must then go through bda_fx.
+        optimize_for: "int8" or "fp8" if the rewritten weights will be quantised to that, with one
+            scale per output channel: sizes and sides are then chosen so that each site's
+            quantisation error stays within ``noise_budget`` of the original's, quantised alike
+            ("auto" is 1.25). None plans for the dtype of the weights as they are.
         profitability: whether to look at speed; so far "always" rewrites what is legal and quiet.
         inner: the compiler that the backend hands the rewritten graph to. "torch_tensorrt" needs
             that package.
@@ -58,6 +63,7 @@ class Options:
     side: str = "auto"
     keep: tuple[str, ...] = ()
     kv_cache: str = "skip"
+    optimize_for: str | None = None
     profitability: str = "always"
     inner: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +73,7 @@ class Options:
         _choice("basis", self.basis, BASES)
         _choice("side", self.side, SIDES)
         _choice("kv_cache", self.kv_cache, CACHES)
+        _choice("optimize_for", self.optimize_for, GRIDS)
         _choice("profitability", self.profitability, PROFITABILITIES)
         _choice("inner", self.inner, INNERS)
         if isinstance(self.products, str):
@@ -122,6 +129,6 @@ class Options:
         return cls(**given)
 
 
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{name} is one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -104,7 +104,8 @@ def find_and_plan(
         folds = find_folds(program, found)
     with step("estimate shares"):
         # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
-        unknown = opaque or options.basis_size != "auto"
+        # Nor are shares of rounding noise those of quantised weights.
+        unknown = opaque or options.basis_size != "auto" or options.optimize_for is not None
         shares = None if unknown else estimate_shares(program, found.sites, calibration)
     with step("plan sites"):
         values = extract_constants(program, constants_of(found.sites)).evaluate(program.tensors)
@@ -117,8 +118,11 @@ def find_and_plan(
             side="kv" if opaque and options.side == "auto" else options.side,
             opaque_cache=opaque,
             headroom=headroom,
+            optimize_for=options.optimize_for,
         )
-        return plan_sites(found, values, planning, folds, shares)
+        if shares is None:
+            return plan_sites(found, values, planning, folds)
+        return plan_sites(found, values, planning, folds, shares.of_sites, shares.observed)
 
 
 def transform(

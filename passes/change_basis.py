@@ -15,9 +15,13 @@ part in them that the others could carry), and X *balances* the others: it bring
 them to one diagonal (so that Σ E[K'²] E[Q'²] is the sum of squares of the product's singular
 values) and then rotates that to be level, which leaves (Σ σ)² / n of Σ σ². Else N is orthonormal.
 
-Either is scaled to the mean singular value of W_B. Source: "Accelerating Attention with Basis
-Decomposition", arXiv 2510.01718, which has r = D; smaller r and the completion are ours. Everything
-is float64 and batched over heads; callers round once.
+Either is scaled to the mean singular value of W_B, which makes these features of Q' about as large
+as the others. The scale is free: where it would leave one factor of them far larger than the other
+(a key bias of hundreds does), it is moved, so that neither overflows nor vanishes.
+
+Source: "Accelerating Attention with Basis Decomposition", arXiv 2510.01718, which has r = D;
+smaller r and the completion are ours. Everything is float64 and batched over heads; callers round
+once.
 """
 
 from __future__ import annotations
@@ -35,6 +39,11 @@ be; anything larger is data, however badly conditioned, and ``residual`` shows w
 FLATTEST = 1e-6
 """Directions in which a product has less than this share of its largest energy are not balanced any
 further: what they carry is not heard, and S would be badly conditioned."""
+ROOM = 16.0
+"""The scale of free features is at most this far from the one that makes both factors of equal RMS
+size, so one may be 256 times as large as the other: far less than the range of float16."""
+FARTHEST = 1024.0
+"""How far that may move the scale; the condition of S grows with it."""
 SMALLEST = torch.finfo(torch.float64).tiny
 """A singular value below has no inverse in float64."""
 
@@ -184,7 +193,7 @@ def _complete(
     scale = torch.where(scale > 0, scale, torch.where(largest > 0, largest, 1.0))
     null = _fix_signs(null)
     if moments is not None:
-        null = torch.where(lacking[:, None, None], null, _balance(null, *moments))
+        null = torch.where(lacking[:, None, None], null, _balance(null, scale, *moments))
     return torch.cat([top, null * scale[:, None, None]], 1), condition
 
 
@@ -193,8 +202,11 @@ def _fix_signs(rows: Tensor) -> Tensor:
     return rows * torch.gather(rows, 2, rows.abs().argmax(-1, keepdim=True)).sign()
 
 
-def _balance(null: Tensor, key: Tensor, query: Tensor) -> Tensor:
-    """X Nᵀ M of the module docstring, rows of RMS length 1; heads where it fails keep ``null``."""
+def _balance(null: Tensor, scale: Tensor, key: Tensor, query: Tensor) -> Tensor:
+    """X Nᵀ M of the module docstring; heads where that fails keep ``null``.
+
+    In units of ``scale`` [G] rows are of RMS length 1, but for what keeps both factors in ``ROOM``.
+    """
     met = null @ key
     energy, failed = torch.linalg.cholesky_ex(met @ null.mT)
     sound = (failed == 0)[:, None, None]
@@ -208,7 +220,11 @@ def _balance(null: Tensor, key: Tensor, query: Tensor) -> Tensor:
     sizes = spectrum.maximum(floor).sqrt()
     rows = _level(_fix_signs(axes.mT) @ turned / sizes.sqrt().unsqueeze(2), sizes)
     length = rows.norm(dim=(1, 2), keepdim=True) / null.shape[1] ** 0.5
-    return torch.where(sound & length.isfinite(), rows / length, null)
+    level = length.flatten() / scale  # both factors are of one size at this length
+    level = torch.where(spectrum[:, -1] > SMALLEST, level, 1.0)
+    moved = torch.ones_like(level).clamp(level / ROOM, level * ROOM).clamp(1 / FARTHEST, FARTHEST)
+    rows = rows * (moved[:, None, None] / length)
+    return torch.where(sound & rows.isfinite().all(2).all(1)[:, None, None], rows, null)
 
 
 def _level(rows: Tensor, sizes: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ computed only where S alone cannot vouch for the change of basis to be exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis, complete_basis
 from bda_fx.passes.choose_basis import BasisSearch
-from bda_fx.passes.predict_noise import Moments, predict_noise
+from bda_fx.passes.predict_noise import Moments, PartnerHeads, predict_noise
+from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, moments_of
 
 MAX_RESIDUAL = 1e-11
@@ -35,7 +36,9 @@ class Fit:
     """What one site makes of a basis: noise as ``predict_noise`` gives it, condition of S.
 
     ``residual`` is the relative error of the change of basis in float64; the fit is of no use above
-    ``MAX_RESIDUAL``.
+    ``MAX_RESIDUAL``. ``in_range``: whether values stay within the dtype's range where those of
+    the original do. ``correction``: noise over what the weights alone would make it, where a run of
+    the program showed more than they do.
     """
 
     rows: Tensor
@@ -43,16 +46,23 @@ class Fit:
     worst: float
     condition: float
     residual: float
+    in_range: bool = True
+    correction: float = 1.0
 
     @property
     def exact(self) -> bool:
         return self.residual <= MAX_RESIDUAL
 
+    @property
+    def usable(self) -> bool:
+        return self.exact and self.in_range
+
 
 class BasisFits:
     """Bases of any size for ``weights`` (sites that share them), computed when asked for.
 
-    ``balanced``: whether the other factor has a say in S (see ``change_basis``).
+    ``balanced``: whether the other factor has a say in S (see ``change_basis``). ``optimize_for``:
+    what noise is counted (see ``predict_noise``).
     """
 
     def __init__(
@@ -62,12 +72,11 @@ class BasisFits:
         dtype: torch.dtype,
         *,
         balanced: bool = True,
+        optimize_for: str | None = None,
     ) -> None:
-        self.dtype, self.balanced = dtype, balanced
-        # All sites of a model are held at a time: the heads as they are stored, and of the other
-        # factors their moments alone.
+        self.dtype, self.balanced, self.optimize_for = dtype, balanced, optimize_for
         heads = [_as_stored(w.heads, dtype) for w in weights]
-        self.projections = [(h, w.bias) for h, w in zip(heads, weights, strict=True)]
+        self.weights = [_light(w, h) for w, h in zip(weights, heads, strict=True)]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
@@ -75,10 +84,10 @@ class BasisFits:
         self._scales = [1.0] * len(heads)
 
     def noise(self, size: int) -> list[float]:
-        """Noise of each site: of the fit if there is one, else an estimate; inf if not exact."""
+        """Noise of each site: of the fit if there is one, else an estimate; inf if of no use."""
         if size not in self._fits and self.search.strategy == "pivot":
             return [scale * self._estimate(size) for scale in self._scales]
-        return [fit.noise if fit.exact else float("inf") for fit in self.fits(size)]
+        return [fit.noise if fit.usable else float("inf") for fit in self.fits(size)]
 
     def _estimate(self, size: int) -> float:
         noise = self.search.obliqueness(size) ** 0.5
@@ -99,20 +108,40 @@ class BasisFits:
         return self._fits[size]
 
     def _weigh(self, rows: Tensor) -> list[Fit]:
-        pairs = zip(self.projections, self.moments, strict=True)
-        return [self._weigh_one(*projection, moments, rows) for projection, moments in pairs]
+        pairs = zip(self.weights, self.moments, strict=True)
+        return [self._weigh_one(weights, moments, rows) for weights, moments in pairs]
 
-    def _weigh_one(self, heads: Tensor, bias: Tensor | None, moments: Moments, rows: Tensor) -> Fit:
-        both, heads = moments.balancing(self.balanced), heads.double()
-        s, condition = complete_basis(heads, rows, bias, both)
+    def _weigh_one(self, weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
+        weights = replace(weights, heads=weights.heads.double())
+        both = moments.balancing(self.balanced)
+        s, condition = complete_basis(weights.heads, rows, weights.bias, both)
         if condition <= SURE_CONDITION:
             s_inv, residual = torch.linalg.inv(s), 0.0
         else:
-            change = change_basis(heads, rows, bias, both)
+            change = change_basis(weights.heads, rows, weights.bias, both)
             s, s_inv, condition = change.s, change.s_inv, change.condition
             residual = change.residual
-        noise = predict_noise(moments, s, s_inv, len(rows), self.dtype)
-        return Fit(rows, noise.site, noise.worst, condition, residual)
+        noise = predict_noise(moments, s, s_inv, len(rows), self.dtype, self.optimize_for)
+        in_range = keeps_range(weights, moments, s, s_inv, self.dtype)
+        correction = 1.0
+        if moments.rounded:
+            alone = predict_noise(
+                replace(moments, rounded=()), s, s_inv, len(rows), self.dtype, self.optimize_for
+            )
+            correction = noise.site / alone.site
+        return Fit(rows, noise.site, noise.worst, condition, residual, in_range, correction)
+
+
+def _light(weights: SiteWeights, heads: Tensor) -> SiteWeights:
+    """What is kept of a site's weights, as all sites of a model are held at a time: the ``heads``
+    as they are stored, and of the other factors, for which their moments will do, the biases."""
+
+    def bare(factors: Sequence[PartnerHeads]) -> list[PartnerHeads]:
+        return [replace(factor, weight=factor.weight.new_empty(0)) for factor in factors]
+
+    return replace(
+        weights, heads=heads, partners=bare(weights.partners), fellows=bare(weights.fellows)
+    )
 
 
 def _as_stored(heads: Tensor, dtype: torch.dtype) -> Tensor:

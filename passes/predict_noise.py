@@ -20,6 +20,20 @@ rounded with feedback (``round_weights``) it is the part of the other factor's f
 features rounded after it cannot make up for: its conditional variance given those. The original's
 weights are what they are, so they have no such term.
 
+A value below the dtype's smallest normal one t is rounded as t is: where the *square* of a rounded
+value is meant above, it is e + t² (for feature j of a weight c_j + n t² with n elements). So what
+float16 loses to underflow is noise like any other.
+
+**Weights rounded to a quantised grid afterwards** (``optimize_for``). Its step is far above that of
+the dtype, so the weights are all that is noisy, the original's too, rounded to nearest:
+
+    original    Σ_j ĥ(k)_j q_j + k_j ĥ(q)_j            rewritten   Σ_j ĥ(c)_j p_j + κ_j ĥ(p)_j
+
+up to one factor. In fp8 (relative steps) ĥ(c)_j = c_j. In int8 a row of the weight shares a step in
+proportion to its largest value: ĥ(c)_j = c_j where rows make features, and the largest of all
+c_j where the features are columns (output projections), as one large feature coarsens the others.
+Biases are counted in with the weights, though they are not quantised: an upper estimate.
+
 Features that have no basis row are free to be chosen (see ``change_basis``), so S may have p_j κ_j
 below the original's: noise under 1 is possible.
 
@@ -36,6 +50,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bda_fx.passes.observe_noise import Observed, Rounded, observed_energies, rounded_by
 
 RUN = 192
 """Products that a GEMM adds up one by one before it adds the sum to those of other runs. Measured
@@ -59,6 +75,7 @@ class PartnerHeads:
     bias: Tensor | None
     groups: Tensor
     terms: int = 0
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Moments:
     served; float64. ``key_terms``: products that a decomposed feature is the sum of;
     ``query_partials``: the ``partial_roundings`` of the others, in the mean.
     ``inputs``: whether the decomposed features are computed from basis inputs (K and V, Q), not
-    read by an output projection.
+    read by an output projection. ``rounded``: what a run of the program showed, if there was one.
     """
 
     key: Tensor
@@ -77,6 +94,9 @@ class Moments:
     key_terms: int
     query_partials: float
     inputs: bool = True
+    key_weights: int = 0
+    query_weights: float = 0.0
+    rounded: tuple[Rounded, ...] = ()
 
     def turned(self, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor]:
         """E[K'ᵀK'] and E[Q'ᵀQ'] after the change of basis ``s`` [G, D, D]."""
@@ -115,11 +135,13 @@ def second_moments(
     fellows: Sequence[PartnerHeads] = (),
     *,
     inputs: bool = True,
+    observed: Observed | None = None,
 ) -> Moments:
     """Moments of a site: ``heads`` [G, E, D] and ``bias`` [G, D] of the projection.
 
-    ``partners`` meet its features; ``fellows`` meet the partners too and turn along.
-    Cost O((G E + H n) D²).
+    ``partners`` meet its features; ``fellows`` meet the partners too and turn along. ``observed``:
+    what a run showed of the heads, of use only where it showed every factor. Cost
+    O((G E + H n) D²).
     """
     heads = heads.double()
     key = _add_outer(heads.mT @ heads, bias)
@@ -138,17 +160,57 @@ def second_moments(
         heads.shape[1] if inputs else 0,
         partials / sum(sizes) if sum(sizes) > 0 else 0.0,
         inputs,
+        heads.shape[1],
+        sum(p.weight.shape[0] * p.weight.shape[2] for p in partners) / max(len(heads), 1),
+        _rounded(heads, partners, fellows, observed, inputs=inputs),
     )
 
 
+def _rounded(
+    heads: Tensor,
+    partners: Sequence[PartnerHeads],
+    fellows: Sequence[PartnerHeads],
+    observed: Observed | None,
+    *,
+    inputs: bool,
+) -> tuple[Rounded, ...]:
+    if observed is None:
+        return ()
+    own = rounded_by(
+        observed, heads.mT, torch.arange(len(heads)), computed=inputs, along=True, decomposed=True
+    )
+    parts = list(own)
+    for along, factors in ((False, partners), (True, fellows)):
+        for factor in factors:
+            if factor.observed is None:
+                return ()
+            weight, groups = factor.weight.double(), factor.groups
+            parts += rounded_by(
+                factor.observed, weight, groups, computed=factor.terms > 0, along=along
+            )
+    return tuple(parts)
+
+
 def predict_noise(
-    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+    moments: Moments,
+    s: Tensor,
+    s_inv: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    optimize_for: str | None = None,
 ) -> Noise:
     """Noise of the change of basis ``s`` [G, D, D] with ``size`` basis features, in ``dtype``.
 
-    A head without energy counts as 1. O(G D³), whatever the number of inputs.
+    ``optimize_for``: "int8" or "fp8" for the noise of weights that are quantised afterwards. A head
+    without energy counts as 1. O(G D³), whatever the number of inputs.
     """
-    was, now = _noise_energies(moments, s, s_inv, size, dtype)
+    key, query = moments.turned(s, s_inv)
+    if optimize_for is not None:
+        was, now = _quantisation_energies(moments, key, query, size, optimize_for)
+    elif moments.rounded:
+        was, now = _observed_energies(moments, s, s_inv, size, dtype)
+    else:
+        was, now = _noise_energies(moments, key, query, size, dtype)
     if not float(was.sum()) > 0:
         return Noise(1.0, 1.0)
     ratios = torch.where(was > 0, now / was, 1.0).sqrt()
@@ -156,30 +218,85 @@ def predict_noise(
 
 
 def _noise_energies(
-    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+    moments: Moments, key: Tensor, query: Tensor, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sums of the module docstring for every head, [G] each."""
+    """The sums of the module docstring for every head, [G] each, from the turned moments."""
     wide = keeps_sums_wide(dtype)
     rate = 0.0 if wide else 1.0
-    key, query = moments.turned(s, s_inv)
     k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
     queries = 1 + rate * moments.query_partials
     was = (k * q * (1 + rate * partial_roundings(moments.key_terms) + queries)).sum(1)
-    coefficients = kappa.clone()
-    coefficients[:, :size] = (coefficients[:, :size] - 1).clamp_min(0)
+    coefficients = _without_identity(kappa, size)
     now = kappa * p * queries
     if moments.inputs:
         now += coefficients * p * (1 + rate * partial_roundings(max(moments.key_terms - size, 0)))
         now[:, :size] += (kappa * p)[:, :size]
     else:
         now += kappa * p
+    alone_k, alone_q = _alone(key, query, size) if wide else (kappa, p)
+    now += coefficients * alone_q + p * alone_k
+    floor = torch.where(was > 0, torch.finfo(dtype).smallest_normal ** 2, 0.0)
+    was += floor * (k + q).sum(1)
+    elements = (moments.key_weights - size) * p + moments.query_weights * kappa
+    return was, now.sum(1) + floor * (kappa + p + elements).sum(1)
+
+
+def _observed_energies(
+    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same from what a run showed (see ``observe_noise``)."""
+    key, query = moments.turned(s, s_inv)
+    wide = keeps_sums_wide(dtype)
+    heard = (torch.ones_like(s[:, 0]),) * 2
     if wide:
-        alone_q = conditional_variances(query, rounding_order(coefficients, p))
-        alone_k = conditional_variances(key, rounding_order(p, kappa))
-        now += coefficients * alone_q + p * alone_k
-    else:
-        now += coefficients * p + p * kappa
-    return was, now.sum(1)
+        alone_k, alone_q = _alone(key, query, size)
+        kappa, p = _diagonals(key), _diagonals(query)
+        heard = (
+            torch.where(p > 0, alone_q / p, 1.0),
+            torch.where(kappa > 0, alone_k / kappa, 1.0),
+        )
+    partials = [(0.0, 0.0)] * len(moments.rounded)
+    if not wide:
+        partials = [
+            (
+                partial_roundings(part.terms),
+                partial_roundings(part.terms - (size if part.decomposed else 0)),
+            )
+            for part in moments.rounded
+        ]
+    smallest = torch.finfo(dtype).smallest_normal
+    return observed_energies(moments.rounded, s, s_inv, size, heard, partials, smallest)
+
+
+def _alone(key: Tensor, query: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """What rounding with feedback leaves of an error in a feature of Q' and of K', [G, D] each:
+    the conditional variances of K' and of Q'."""
+    kappa, p = _diagonals(key), _diagonals(query)
+    coefficients = _without_identity(kappa, size)
+    alone_q = conditional_variances(query, rounding_order(coefficients, p))
+    return conditional_variances(key, rounding_order(p, kappa)), alone_q
+
+
+def _quantisation_energies(
+    moments: Moments, key: Tensor, query: Tensor, size: int, grid: str
+) -> tuple[Tensor, Tensor]:
+    """The same for weights on a quantised grid."""
+    k, q, kappa, p = map(_diagonals, (moments.key, moments.query, key, query))
+
+    def steps(energies: Tensor, rows: bool) -> Tensor:
+        return energies if grid == "fp8" or rows else energies.max().expand_as(energies)
+
+    by_rows = moments.inputs, moments.query_partials > 0
+    was = steps(k, by_rows[0]) * q + k * steps(q, by_rows[1])
+    now = steps(_without_identity(kappa, size), by_rows[0]) * p + kappa * steps(p, by_rows[1])
+    return was.sum(1), now.sum(1)
+
+
+def _without_identity(energies: Tensor, size: int) -> Tensor:
+    """Energies of the coefficients: the first ``size`` features have an input added as it is."""
+    coefficients = energies.clone()
+    coefficients[:, :size] = (coefficients[:, :size] - 1).clamp_min(0)
+    return coefficients
 
 
 def rounding_order(steps: Tensor, weights: Tensor) -> Tensor:

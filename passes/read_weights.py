@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from bda_fx.passes.canonicalize import Program, constant_nodes
+from bda_fx.passes.observe_noise import Observed
 from bda_fx.passes.predict_noise import Moments, PartnerHeads, second_moments
 from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Site
 
@@ -95,10 +96,25 @@ class SiteWeights:
     fellows: list[PartnerHeads] = field(default_factory=list)
     inputs: bool = True
     """Whether E counts inputs; outputs of an output projection otherwise."""
+    observed: Observed | None = None
 
 
-def read_site(site: Site, values: Mapping[str, Tensor]) -> SiteWeights:
-    """Split the weights of ``site`` into the heads that take part, on the CPU."""
+FactorKey = tuple[str, str, tuple[tuple[int, ...], ...]]
+"""A linear's weight, the axis of the heads in it, and their features."""
+
+
+def factor_key(linear: Linear, axis: str, features: tuple[tuple[int, ...], ...]) -> FactorKey:
+    return linear.weight, axis, features
+
+
+def read_site(
+    site: Site, values: Mapping[str, Tensor], observed: Mapping[FactorKey, Observed] | None = None
+) -> SiteWeights:
+    """Split the weights of ``site`` into the heads that take part, on the CPU.
+
+    ``observed``: what a run of the program showed of them.
+    """
+    observed = observed or {}
     heads, bias = read_vectors(site.linear, site.axis, site.features, values)
     partners: list[PartnerHeads] = []
     fellows: list[PartnerHeads] = []
@@ -106,15 +122,24 @@ def read_site(site: Site, values: Mapping[str, Tensor]) -> SiteWeights:
         weight, added = read_vectors(factor.tensor, factor.axis, factor.features, values)
         computed = factor.axis == OUT and isinstance(factor.tensor, Linear)
         terms = factor.linear.in_features if computed else 0
-        read = PartnerHeads(weight.mT, added, torch.tensor(factor.groups), terms)
+        seen = None
+        if isinstance(factor.tensor, Linear):
+            seen = observed.get(factor_key(factor.tensor, factor.axis, factor.features))
+        read = PartnerHeads(weight.mT, added, torch.tensor(factor.groups), terms, seen)
         (partners if factor.against else fellows).append(read)
-    return SiteWeights(heads, bias, partners, fellows, site.axis == OUT)
+    own = observed.get(factor_key(site.linear, site.axis, site.features))
+    return SiteWeights(heads, bias, partners, fellows, site.axis == OUT, own)
 
 
 def moments_of(weights: SiteWeights) -> Moments:
     """What the noise of a site depends on besides S."""
     return second_moments(
-        weights.heads, weights.bias, weights.partners, weights.fellows, inputs=weights.inputs
+        weights.heads,
+        weights.bias,
+        weights.partners,
+        weights.fellows,
+        inputs=weights.inputs,
+        observed=weights.observed,
     )
 
 

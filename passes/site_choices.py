@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bda_fx.passes.fit_basis import MAX_RESIDUAL, BasisFits
-from bda_fx.passes.read_weights import read_site
+from bda_fx.passes.observe_noise import Observed
+from bda_fx.passes.read_weights import FactorKey, read_site
 from bda_fx.passes.sites import REMEDIES, Alternative, Reason, Site, SitePlan, Skip
 
 MIN_SIDE_GAIN = 4 / 3
@@ -75,6 +77,8 @@ class Choice:
     shared: bool = False
     alike: bool = False
     """Whether each site is held to the budget by itself."""
+    optimize_for: str | None = None
+    observed: Mapping[FactorKey, Observed] = field(default_factory=dict)
     chosen: int = 0
     _fits: dict[int, BasisFits] = field(default_factory=dict)
 
@@ -91,11 +95,20 @@ class Choice:
         """The sites as the chosen step sees them."""
         return self.views[self.step.view if self.step else 0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values[self.sites[0].linear.weight].dtype
+
     def fits(self, view: int) -> BasisFits:
         if view not in self._fits:
-            read = [read_site(site, self.values) for site in self.views[view]]
-            dtype = self.values[self.views[view][0].linear.weight].dtype
-            self._fits[view] = BasisFits(read, self.strategy, dtype, balanced=self.balanced)
+            read = [read_site(site, self.values, self.observed) for site in self.views[view]]
+            self._fits[view] = BasisFits(
+                read,
+                self.strategy,
+                self.dtype,
+                balanced=self.balanced,
+                optimize_for=self.optimize_for,
+            )
         return self._fits[view]
 
     def noise(self, step: int) -> list[float]:
@@ -140,6 +153,8 @@ class Choice:
                 condition=fit.condition,
                 shares=tuple(self.shares[at]),
                 balanced=self.balanced,
+                optimize_for=self.optimize_for,
+                correction=fit.correction,
                 alternatives=self._alternatives(at),
             )
             for at, (site, fit) in enumerate(zip(self.sites, fits, strict=True))
@@ -173,8 +188,11 @@ class Choice:
         else:
             every = [f for step in self.steps for f in self.fits(step.view).fits(step.size)]
             residual = min(fit.residual for fit in every)
-            reason = Reason.RANK_DEFICIENT
-            detail = f"residual {residual:.1e} at best, limit {MAX_RESIDUAL:.0e}"
+            if residual <= MAX_RESIDUAL:
+                reason, detail = Reason.OUT_OF_RANGE, f"predicted for {self.dtype}"
+            else:
+                reason = Reason.RANK_DEFICIENT
+                detail = f"residual {residual:.1e} at best, limit {MAX_RESIDUAL:.0e}"
         return [skip for site in self.views[0] for skip in skips_of(site, reason, detail)]
 
 

@@ -42,6 +42,7 @@ class Reason(enum.Enum):
     NOTHING_SAVED = "too few features to save anything"
     RANK_DEFICIENT = "no basis of this size spans every head"
     TOO_NOISY = "predicted noise is over the budget at every basis size"
+    OUT_OF_RANGE = "values would leave the dtype's range where the original's do not"
     NOT_REQUESTED = "left out by the options"
     NESTED = "inside a control-flow or other higher-order op"
     UNKNOWN_OP = "read by an op that is not known to be an attention"
@@ -54,6 +55,7 @@ REMEDIES = {
     Reason.NO_VALUES: "load the weights: everything but their values is known",
     Reason.RANK_DEFICIENT: "pass a smaller basis_size, or basis='pivot'",
     Reason.TOO_NOISY: "pass a larger noise_budget or a smaller basis_size",
+    Reason.OUT_OF_RANGE: "rewrite in bfloat16, or the other side",
     Reason.NOT_REQUESTED: "change the option",
     Reason.UNKNOWN_OP: "if it is an attention, bda_fx.register_attention says how to read it",
     Reason.DATA_DEPENDENT: "make the index a constant buffer, if it is one",
@@ -232,7 +234,10 @@ class SitePlan:
     are the rows for the weights that were planned with; another layer's weights have their own.
     ``noise`` is the predicted amplification of the site's rounding noise (1 = as the original),
     ``shares`` the part of the model's own noise that comes from the site, for each of its outputs.
-    ``balanced``: whether the other factor has a say in the change of basis.
+    ``balanced``: whether the other factor has a say in the change of basis. ``optimize_for``: the
+    grid that the weights will be quantised to, and whose noise is meant. ``correction``: ``noise``
+    over what it is predicted to be from the weights alone; that of later weights is corrected
+    alike.
     """
 
     site: Site
@@ -245,6 +250,8 @@ class SitePlan:
     condition: float
     shares: tuple[float, ...] = (0.0,)
     balanced: bool = True
+    optimize_for: str | None = None
+    correction: float = 1.0
     alternatives: tuple[Alternative, ...] = ()
 
     def costs(self, noise: float) -> list[float]:

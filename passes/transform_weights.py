@@ -24,7 +24,9 @@ from torch import Tensor
 
 from bda_fx.passes.change_basis import ChangeOfBasis, change_basis, turn_vectors
 from bda_fx.passes.choose_basis import choose_basis
+from bda_fx.passes.fit_basis import MAX_RESIDUAL
 from bda_fx.passes.predict_noise import Moments, keeps_sums_wide, predict_noise
+from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, float64, moments_of, read_site, read_vectors
 from bda_fx.passes.round_weights import refit, round_with_feedback
 from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
@@ -64,11 +66,17 @@ class Form:
 
 @dataclass(frozen=True)
 class Transformed:
-    """Derived tensors by name, and what this set of weights came to at each site."""
+    """Derived tensors by name, and what this set of weights came to at each site (see ``Fit``)."""
 
     tensors: dict[str, Tensor]
     noise: tuple[float, ...]
     residual: tuple[float, ...]
+    in_range: tuple[bool, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether every change of basis is exact and keeps its factors within their range."""
+        return all(self.in_range) and all(r <= MAX_RESIDUAL for r in self.residual)
 
 
 def forms_of(plan: Plan) -> list[Form]:
@@ -159,7 +167,7 @@ def transform_weights(
             for constant in item.site.constants
         },
     )
-    noise, residual = [], []
+    noise, residual, in_range = [], [], []
     tensors: dict[str, Tensor] = {}
     orders: dict[str, Tensor] = {}
     for fold in plan.folds:
@@ -175,8 +183,12 @@ def transform_weights(
         both = moments.balancing(item.balanced)
         change = change_basis(weights.heads, rows[item.basis], weights.bias, both)
         dtype = values[item.site.linear.weight].dtype
-        noise.append(predict_noise(moments, change.s, change.s_inv, item.size, dtype).site)
+        predicted = predict_noise(
+            moments, change.s, change.s_inv, item.size, dtype, item.optimize_for
+        )
+        noise.append(predicted.site * item.correction)
         residual.append(change.residual)
+        in_range.append(keeps_range(weights, moments, change.s, change.s_inv, dtype))
         _turn(item.site, _factors(weights, change, moments, dtype), values, turned)
         for form in forms:
             if last.get(form.linear.weight) == at:
@@ -193,7 +205,7 @@ def transform_weights(
         like = values[constant.node]
         copy = torch.empty_like(like)  # as strided as the original, which a view may rely on
         tensors[constant_key(constant)] = copy.copy_(elements.view(like.shape))
-    return Transformed(tensors, tuple(noise), tuple(residual))
+    return Transformed(tensors, tuple(noise), tuple(residual), tuple(in_range))
 
 
 def _rows(plan: Plan, values: Mapping[str, Tensor], planned: bool) -> dict[str, Tensor]:

@@ -38,6 +38,11 @@ original and of the rewrite may be off by ``PARTIAL_ROUNDINGS`` against each oth
 is the root: 0.93 … 1.13 measured. Where sums are rounded once, the sampling is left: 0.95 … 1.03
 measured with 200 tokens, 1 / √(2 × 200) = 0.05 a norm, twice that."""
 
+QUANTISED_NOISE_PREDICTION = 1.45
+"""The same for weights quantised afterwards. Where features share a step it is predicted from the
+one of largest RMS size, though the largest element may be that of another: 0.71 … 0.76 measured
+with int8 output projections, 1 / 0.71 = 1.41; 0.88 … 1.12 elsewhere."""
+
 
 def identity(condition: float) -> float:
     """Bound on the relative error of a float64 identity that goes through S of this condition."""
@@ -168,6 +173,13 @@ SAMPLED_SHARE = 0.15
 """Relative error of a share that is estimated from one random cotangent: the mean of (Jᵀz)² over at
 least 800 values, squares that vary by √2 of their mean and count by their energy (kurtosis 3), is
 within √(2 · 3 / 800) = 8 % a deviation, partly in numerator and denominator alike."""
+
+
+FORETOLD_NOISE = 0.15
+"""Relative error of a whole model's predicted noise ratio. A pooled output of 24 rows has some 240
+independent errors (ten directions of a row carry most), so its energy is within √(2 / 240) = 9 %, a
+ratio of two within 13 %, the root of that within 6.5 % a deviation; two deviations, and 2 % for
+noise that the prediction leaves out on either side (the inside of attention ops)."""
 
 
 DEFAULT_BUDGET = 1.4

@@ -40,4 +40,6 @@ def test_the_planner_keeps_weights_in_their_own_dtype(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fit_basis.BasisFits, "__init__", watch)
     bda_fx.analyze(Attention().to(torch.bfloat16), (example(dtype=torch.bfloat16),))
     assert kept
-    assert {heads.dtype for fits in kept for heads, _ in fits.projections} == {torch.bfloat16}
+    sites = [weights for fits in kept for weights in fits.weights]
+    assert {weights.heads.dtype for weights in sites} == {torch.bfloat16}
+    assert not any(partner.weight.numel() for weights in sites for partner in weights.partners)

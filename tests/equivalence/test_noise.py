@@ -137,6 +137,29 @@ def test_default_options_obey_the_budget(name: str) -> None:
     assert ratio <= tolerances.DEFAULT_BUDGET
 
 
+@pytest.mark.parametrize("product", ["qk", "vo"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_is_foretold_for_the_noisiest_output(dtype: torch.dtype, product: str) -> None:
+    """Without a budget every basis has D rows; the prediction is for these very inputs."""
+    model = models.minilm().to(dtype)
+    kwargs = models.minilm_inputs(sentences(), max_length=16)
+    kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])  # all of it is an output
+    program = models.exported(models.Example(model, kwargs))
+    truth = evaluate_float64(program, (), kwargs)
+    options = {"products": (product,), "noise_budget": 1e6}
+    rewrite = bda_fx.rewrite(program, calibration=[((), kwargs)], options=options)
+    with torch.no_grad():
+        own, got = program.module()(**kwargs), rewrite.program.module()(**kwargs)
+    noise = [
+        relative_error(new, exact) / relative_error(old, exact)
+        for new, old, exact in zip(got.values(), own.values(), truth, strict=True)
+    ]
+    predicted = rewrite.report.noise_ratio
+    print(f"{product} {dtype}: {max(noise):.3f} measured, {predicted:.3f} predicted")
+    assert max(noise) > 1.2  # there is something to foretell
+    assert predicted == pytest.approx(max(noise), rel=tolerances.FORETOLD_NOISE)
+
+
 def test_first_rows_are_noisy() -> None:
     """Negative control: the measure tells a bad basis from a good one."""
     ratio = noise_ratio("minilm", torch.float32, {"basis": "first", "basis_size": "full"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -53,6 +53,13 @@ def two_linears(dtype: torch.dtype) -> tuple[Program, Site, Site, Tensor]:
     return program, both, Site("qk", k, ((0,), (3,)), (), ()), x
 
 
+def shares_in(
+    program: Program, sites: Sequence[Site], inputs: list[list[Any]] | None = None
+) -> list[list[float]] | None:
+    found = estimate_shares(program, sites, inputs)
+    return None if found is None else found.of_sites
+
+
 def flat_inputs(program: Program, *user: Tensor) -> list[Any]:
     left = iter(user)
     return [
@@ -65,7 +72,7 @@ def flat_inputs(program: Program, *user: Tensor) -> list[Any]:
 def test_shares_in_closed_form(dtype: torch.dtype) -> None:
     """All Jacobians are 1: a share is the site's energy over that of K, Q (ρ each) and the sum."""
     program, both, alone, x = two_linears(dtype)
-    found = estimate_shares(program, [both, alone], [flat_inputs(program, x)])
+    found = shares_in(program, [both, alone], [flat_inputs(program, x)])
     with torch.no_grad():
         weights = {program.names[name]: value.double() for name, value in program.tensors.items()}
         k, q = (x.double() @ weights[f"{name}.weight"].T for name in "kq")
@@ -82,7 +89,7 @@ def test_shares_in_closed_form(dtype: torch.dtype) -> None:
 def shares_of(model: nn.Module, *args: Tensor, given: bool = True) -> list[list[float]] | None:
     program = canonical(model, *args)
     sites = find_sites(program).sites
-    return estimate_shares(program, sites, [flat_inputs(program, *args)] if given else None)
+    return shares_in(program, sites, [flat_inputs(program, *args)] if given else None)
 
 
 class _Noisy(Wide):
@@ -115,7 +122,7 @@ def test_shares_are_those_of_injected_noise(core: str) -> None:
     program = canonical(model, x)
     sites = find_sites(program).sites
     flat = flat_inputs(program, x)
-    found = estimate_shares(program, sites, [flat])
+    found = shares_in(program, sites, [flat])
     assert found is not None
     nodes = {node.name: node for node in program.graph.nodes}
     mine = {name: features for site in sites for name, features, _ in module._reads(site, nodes)}
@@ -169,7 +176,7 @@ def test_made_up_inputs_are_always_the_same_and_cautious() -> None:
 
 
 def test_no_sites_no_shares() -> None:
-    assert estimate_shares(canonical(Attention(), randn(B, S, E)), []) == []
+    assert shares_in(canonical(Attention(), randn(B, S, E)), []) == []
 
 
 def test_a_program_too_large_is_not_run_unasked(
@@ -201,31 +208,31 @@ def test_the_global_random_state_stays() -> None:
     sites = find_sites(program).sites
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    first = estimate_shares(program, sites)
+    first = shares_in(program, sites)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12)
-    assert estimate_shares(program, sites) == first
+    assert shares_in(program, sites) == first
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_the_caller_s_grad_mode_does_not_matter(mode: Any) -> None:
     program = canonical(Attention(), randn(B, S, E))
     sites = find_sites(program).sites
-    expected = estimate_shares(program, sites)
+    expected = shares_in(program, sites)
     assert expected is not None
     x = randn(B, S, E)
-    on_x = estimate_shares(program, sites, [flat_inputs(program, x)])
+    on_x = shares_in(program, sites, [flat_inputs(program, x)])
     with mode():
-        assert estimate_shares(program, sites) == expected
+        assert shares_in(program, sites) == expected
         made_inside = flat_inputs(program, randn(B, S, E))  # inference tensors under inference_mode
-        assert estimate_shares(program, sites, [made_inside]) == on_x
+        assert shares_in(program, sites, [made_inside]) == on_x
     assert all(t.grad is None for t in program.tensors.values())
 
 
 def test_weights_that_are_inference_tensors() -> None:
     program = canonical(Attention(), randn(B, S, E))
     sites = find_sites(program).sites
-    expected = estimate_shares(program, sites)
+    expected = shares_in(program, sites)
     with torch.inference_mode():
         program.tensors = {name: value.clone() for name, value in program.tensors.items()}
-    assert estimate_shares(program, sites) == expected
+    assert shares_in(program, sites) == expected

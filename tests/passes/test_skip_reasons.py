@@ -181,6 +181,19 @@ def too_noisy() -> Any:
     return Attention(), "qk", {"basis_size": "auto", "noise_budget": 1.0}
 
 
+@case(Reason.OUT_OF_RANGE)
+def out_of_range() -> Any:
+    """Large queries meet large keys: K' is as large as x, which leaves Q' as large as the scores.
+
+    They pass float32's range, as 10³ times 10³ passes that of float16.
+    """
+    model = Attention()
+    with torch.no_grad():
+        for linear in (model.q, model.k):
+            linear.weight.mul_(1e20)
+    return model, "qk", {}
+
+
 @case(Reason.NOT_REQUESTED)
 def not_requested() -> Any:
     return Attention(), "qk", {"products": ("vo",)}

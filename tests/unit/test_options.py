@@ -122,3 +122,10 @@ def test_frozen_and_an_error_of_value() -> None:
         Options().basis = "pivot"  # type: ignore[misc]
     assert issubclass(OptionError, ValueError)
     assert bda_fx.OptionError is OptionError
+
+
+@pytest.mark.parametrize("value", ["int4", 8, ""])
+def test_optimize_for(value: object) -> None:
+    text = f"optimize_for is one of None, 'int8', 'fp8', got {value!r}"
+    with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
+        Options.of({"optimize_for": value})

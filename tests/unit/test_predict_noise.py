@@ -22,7 +22,7 @@ from bda_fx.passes.predict_noise import (
 from bda_fx.passes.sites import IN, OUT, Factor, Linear, Plan, Site, SitePlan
 from bda_fx.passes.transform_weights import transform_weights
 from tests import tolerances
-from tests.tolerances import NOISE_PREDICTION, identity
+from tests.tolerances import NOISE_PREDICTION, QUANTISED_NOISE_PREDICTION, identity
 from tests.unit.real_weights import MODELS, Projection, projections
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -330,3 +330,37 @@ def test_prediction_is_near_what_is_measured(
         ratio = measured(site, old, new, dtype) / noise
         bound = NOISE_PREDICTION[dtype]
         assert 1 / bound < ratio < bound, (site.product, ratio)
+
+
+def quantised(weight: Tensor, grid: str) -> Tensor:
+    """Rounded with one scale per row: to 255 levels, or to a float of 4 significant bits."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    if grid == "int8":
+        return (weight / scale).round() * scale
+    return (weight / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+@pytest.mark.parametrize("grid", ["int8", "fp8"])
+@pytest.mark.parametrize("product", ["qk", "vo"])
+@pytest.mark.parametrize("size", [8, 12, 16])
+def test_noise_of_weights_that_are_quantised(product, size, grid):
+    """Measured error of the product K Q (of V O) of weights, which is that over white inputs."""
+    heads, other = randn(1, 64, 16, seed=0), randn(1, 16, 64, seed=1)
+    partner = PartnerHeads(other, None, torch.tensor([0]), 64 if product == "qk" else 0)
+    moments = second_moments(heads, None, [partner])
+    change = change_basis(heads, torch.arange(size), None, (moments.key, moments.query))
+    key, query = change.coefficients[0], change.s[0] @ other[0]
+
+    def rounded(factor: Tensor, features_are_rows: bool) -> Tensor:
+        """Features of ``factor`` [D, n] have a scale each, or its other axis has."""
+        return quantised(factor, grid) if features_are_rows else quantised(factor.T, grid).T
+
+    def error(below: Tensor, above: Tensor, q: Tensor) -> float:
+        k = torch.cat([above, rounded(below.T, True).T])
+        exact = torch.cat([above, below]) @ q
+        return float((k @ rounded(q, product == "qk") - exact).norm())
+
+    before = error(heads[0], heads[0][:0], other[0])
+    after = error(key, torch.eye(16, dtype=torch.float64)[:size], query)
+    noise = predict_noise(moments, change.s, change.s_inv, size, torch.float32, grid)
+    assert 1 / QUANTISED_NOISE_PREDICTION < after / before / noise.site < QUANTISED_NOISE_PREDICTION
