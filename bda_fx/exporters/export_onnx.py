@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from bda_fx.exporters.exported import Exported, ExportError, Timing
+from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.place_output import Staging, place_output, require_space
 from bda_fx.exporters.prove import prove
@@ -31,7 +31,7 @@ graph needs room too."""
 
 
 def export_onnx(
-    model_or_program: nn.Module | ExportedProgram,
+    model_or_program: nn.Module | ExportedProgram | Pair,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ def export_onnx(
     ``model.onnx.bda.json`` and ``model.onnx.bda.md``: identity, sizes, noise, latency, sites.
 
     Args:
-        model_or_program: a module in ``eval()``, or a program.
+        model_or_program: a module in ``eval()``, a program, or what ``rewrite_pair`` made of one.
         path: where to write; external data is put beside it as ``<name>.data``.
         args, kwargs: example inputs for a module.
         dynamic_shapes: as in ``torch.export.export``; names of ``Dim`` become names of axes.
@@ -101,6 +101,8 @@ def export_onnx(
             )
         packages = ("onnx", "onnxscript", "onnxruntime")
         identity = identify_model(pair.original, pair.options, command, packages)
+        from bda_fx.exporters.measure_onnx import weight_bytes
+
         original = staging.scratch / "original.onnx"
         write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
         metadata = {
@@ -112,11 +114,12 @@ def export_onnx(
             pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
         )
         details: dict[str, Any] = {"opset": model.opset_imports[""]}
-        from bda_fx.exporters.check_onnx import check_onnx, weight_bytes
 
         fidelity: Fidelity | None = None
         timings: tuple[Timing, ...] = ()
         if check:
+            from bda_fx.exporters.check_onnx import check_onnx
+
             details |= check_onnx(pair, original, staging)
             fidelity, timings = _prove_and_time(
                 pair, original, staging, inputs, budget, measure, threads
@@ -159,18 +162,18 @@ def write_onnx(
     import onnx_ir as ir
 
     from bda_fx.exporters.spell_sums import spell_sums
-    from bda_fx.exporters.translate_onnx import translate_onnx
+    from bda_fx.exporters.translate_onnx import drop_notes, translate_onnx
 
     try:
         model = translate_onnx(program, dynamic_shapes, opset)
     except Exception as error:  # the translator wraps whatever a node's function raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"torch.onnx does not translate the program: {reason}; torch.onnx.export(program, "
-            "report=True) shows the op"
+            f"torch.onnx does not translate the program: {root_cause(error)}; "
+            "torch.onnx.export(program, report=True) shows where"
         ) from error
     if not broadcast:
         model = spell_sums(model)
+    drop_notes(model)
     model.metadata_props.update(metadata or {})
     large = _bytes(model) > EXTERNAL_FROM if external_data is None else external_data
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)

@@ -24,6 +24,13 @@ class ExportError(RuntimeError):
         self.fidelity = fidelity
 
 
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that started it all: compilers wrap theirs several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class Timing:
     """Latency of one call, original and rewritten model in turns.

@@ -48,18 +48,23 @@ class Pair:
 
 
 def rewrite_pair(
-    model: nn.Module | ExportedProgram,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    dynamic_shapes: Any,
-    options: Options | Mapping[str, Any] | None,
-    calibration: Sequence[Inputs] | None,
+    model: nn.Module | ExportedProgram | Pair,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+    calibration: Sequence[Inputs] | None = None,
 ) -> Pair:
     """Export ``model`` unless it is a program, and rewrite it.
+
+    A pair stays as it is: every exporter takes one, so that a model that is exported to several
+    targets is planned once.
 
     A basis that the caller leaves open is "slices": runtimes read slices of x for nothing or nearly
     so, and gather along the last axis element by element.
     """
+    if isinstance(model, Pair):
+        return model
     chosen = Options.of(options)
     if chosen.basis == "auto":
         chosen = replace(chosen, basis="slices")

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from bda_fx.exporters.exported import ExportError
+from bda_fx.exporters.exported import ExportError, root_cause
 from bda_fx.generate_inputs import Inputs
 
 LEVELS = {
@@ -58,9 +57,9 @@ class Session:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # its classes share no base but Exception
             raise ExportError(
-                f"ONNX Runtime {onnxruntime.__version__} does not load the model: {_line(error)}; "
-                "export in float32 or float16, or pass check=False if it is meant for another "
-                "runtime"
+                f"ONNX Runtime {onnxruntime.__version__} does not load the model: "
+                f"{root_cause(error)}; export in float32 or float16, or pass check=False if it is "
+                "meant for another runtime"
             ) from error
         self.program = program
         self.names = [value.name for value in self.session.get_inputs()]
@@ -91,22 +90,10 @@ class Session:
             return self.session.run(None, feeds)
         except Exception as error:
             raise ExportError(
-                f"the model fails in ONNX Runtime {onnxruntime.__version__}: {_line(error)}; pass "
-                "inputs= that it takes, or check=False if it is meant for another runtime"
+                f"the model fails in ONNX Runtime {onnxruntime.__version__}: "
+                f"{root_cause(error)}; pass inputs= that it takes, or check=False if it is meant "
+                "for another runtime"
             ) from error
-
-
-def initializer_bytes(path: Path) -> dict[str, int]:
-    """Bytes of every weight and constant of an ONNX file by name; external data is not loaded."""
-    model = onnx.load(str(path), load_external_data=False)
-    sizes = {}
-    for tensor in model.graph.initializer:
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        sizes[tensor.name] = int(np.prod(tensor.dims, dtype=np.int64)) * width
-    for node in model.graph.node:  # a fold may have left its result as an attribute
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            sizes[node.output[0]] = attribute.ByteSize()
-    return sizes
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -118,7 +105,3 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
             )
         return value.detach().cpu().contiguous().numpy()
     return np.asarray(value)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,35 +23,54 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
-from onnxscript.rewriter.rules.common import reshape_reshape_rule
 
 
 class ConcatenateGroups(RewriteRuleClassBase):
-    """The rule of the module docstring."""
+    """The rule of the module docstring. y and x_B may have other readers."""
 
     def __init__(self) -> None:
-        super().__init__(remove_nodes=False)  # x_B is read by several sums
+        super().__init__(remove_nodes=False)
 
     def pattern(self, op: Any, y: Any, x: Any, grouped: Any, axes: Any) -> Any:
         return op.Add(op.Reshape(y, grouped, _outputs=["y_groups"]), op.Unsqueeze(x, axes))
 
-    def check(self, context: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, **_: Any) -> bool:
-        return _groups(y, x, y_groups) is not None
+    def check(self, context: Any, **found: ir.Value) -> bool:
+        return _groups(found["y"], found["x"], found["y_groups"]) is not None
 
-    def rewrite(
-        self, op: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value, grouped: ir.Value, **_: Any
+    def rewrite(self, op: Any, **found: ir.Value) -> Any:
+        y, x, y_groups, grouped = (found[n] for n in ("y", "x", "y_groups", "grouped"))
+        reshape = y_groups.producer()
+        assert reshape is not None
+        return op.Reshape(_flat_sum(op, y, x, y_groups), grouped, **dict(reshape.attributes))
+
+
+class ConcatenateFlatGroups(ConcatenateGroups):
+    """The same where the sum is made flat again: then no reshape is left."""
+
+    def pattern(  # type: ignore[override]  # the engine calls it with its own parameters
+        self, op: Any, y: Any, x: Any, grouped: Any, axes: Any, flat: Any
     ) -> Any:
-        copies = _groups(y, x, y_groups) or 1
-        producer = y_groups.producer()
-        assert producer is not None
-        flat = op.Add(y, op.Concat(*[x] * copies, axis=-1))
-        return op.Reshape(flat, grouped, **dict(producer.attributes))
+        total = super().pattern(op, y, x, grouped, axes)
+        return op.Reshape(total, flat, _outputs=["whole"])
+
+    def check(self, context: Any, **found: ir.Value) -> bool:
+        y, x, y_groups, whole = (found[n] for n in ("y", "x", "y_groups", "whole"))
+        alike = whole.shape is not None and y.shape is not None and whole.shape == y.shape
+        return alike and _groups(y, x, y_groups) is not None
+
+    def rewrite(self, op: Any, **found: ir.Value) -> Any:
+        return _flat_sum(op, found["y"], found["x"], found["y_groups"])
 
 
 def spell_sums(model: ir.Model) -> ir.Model:
-    """Apply the rule wherever it holds, and drop what nobody reads any more."""
-    rules = RewriteRuleSet([ConcatenateGroups.rule(), reshape_reshape_rule])
-    return rewrite(model, pattern_rewrite_rules=rules)
+    """Apply the rules wherever they hold, and drop what nobody reads any more."""
+    for rule in (ConcatenateFlatGroups, ConcatenateGroups):  # the longer pattern first
+        model = rewrite(model, pattern_rewrite_rules=RewriteRuleSet([rule.rule()]))
+    return model
+
+
+def _flat_sum(op: Any, y: ir.Value, x: ir.Value, y_groups: ir.Value) -> Any:
+    return op.Add(y, op.Concat(*[x] * (_groups(y, x, y_groups) or 1), axis=-1))
 
 
 def basis_sums(model: ir.Model) -> list[str]:

@@ -14,6 +14,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/ivalue.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
@@ -58,6 +59,9 @@ int main(int argc, char** argv) {
       std::cout << output.toString() << ' ' << output.sizes() << '\n';
     }
     write_tensors(argv[3], outputs);
+  } catch (const c10::Error& error) {
+    std::cerr << argv[1] << ": " << error.what_without_backtrace() << '\n';
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;

@@ -71,6 +71,28 @@ def test_a_free_gather_is_worth_one_basis_for_both() -> None:
     assert [fold.basis for fold in result.folds] == [result.sites[0].basis]
 
 
+def test_slices_are_pivoted_where_the_gather_is_free() -> None:
+    """One site on a basis of its own, or K and V of other sizes, need a gather: windows there."""
+    free = plan(Latent(), basis="slices", basis_size="full")
+    assert {site.strategy for site in free.sites} == {"pivot"}
+    assert len(free.folds) == 1
+    elsewhere = plan(Attention(), basis="slices", basis_size="full")
+    assert {site.strategy for site in elsewhere.sites} == {"window"}
+    for site in elsewhere.sites:
+        assert site.rows == tuple(range(site.rows[0], site.rows[0] + site.size))
+    from_q = plan(Latent(), basis="slices", basis_size="full", side="qo")
+    assert {site.strategy for site in from_q.sites} == {"window"}
+
+
+@pytest.mark.parametrize(("keep", "left"), [("k.weight", "vo"), ("[kv].*", None), ("q*", "qk vo")])
+def test_kept_weights(keep: str, left: str | None) -> None:
+    result = plan(Attention(), keep=(keep,), basis_size="full")
+    assert " ".join(site.site.product for site in result.sites) == (left or "")
+    kept = [skip for skip in result.skips if skip.reason is Reason.NOT_REQUESTED]
+    assert len(kept) == 2 - len(result.sites)
+    assert all(skip.detail == f"keep={keep!r}" for skip in kept)
+
+
 def test_separate_linears_have_bases_of_their_own() -> None:
     result = plan(Attention(), basis_size="full")
     assert len({site.basis for site in result.sites}) == 2

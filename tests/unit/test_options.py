@@ -41,7 +41,8 @@ def test_all_unknown_names_are_given_in_order() -> None:
 
 @pytest.mark.parametrize("value", ["best", None, 1, ""])
 def test_basis(value: object) -> None:
-    text = f"basis is one of 'auto', 'pivot', 'window', 'residual-min', 'first', got {value!r}"
+    names = "'auto', 'pivot', 'window', 'slices', 'residual-min', 'first'"
+    text = f"basis is one of {names}, got {value!r}"
     with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
         Options.of({"basis": value})
 
@@ -129,3 +130,11 @@ def test_optimize_for(value: object) -> None:
     text = f"optimize_for is one of None, 'int8', 'fp8', got {value!r}"
     with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
         Options.of({"optimize_for": value})
+
+
+@pytest.mark.parametrize("value", ["k.weight", None, 3])
+def test_keep_is_a_sequence(value: object) -> None:
+    text = f"keep is a sequence of names, got {value!r}: write (name,)"
+    with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
+        Options.of({"keep": value})
+    assert Options.of({"keep": ["a", "b.*"]}).keep == ("a", "b.*")
