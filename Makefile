@@ -18,7 +18,8 @@ FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantis
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu coverage fuzz clean
+.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu \
+        coverage cli-memory wheel-check fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -86,6 +87,12 @@ compile-gpu: setup  ## the GPU kernel as predicted and compiled for GPUs that ar
 
 coverage: setup  ## which attentions of which architecture are found
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+
+cli-memory: setup  ## peak memory of bda-fx on a model of a gigabyte, three minutes
+	$(BIN)/python benchmarks/cli_memory.py
+
+wheel-check: setup  ## the wheel in a fresh venv: doctor, inspect, export, verify as users do
+	$(BIN)/python -m pytest tests/integration/test_packaging.py $(PYTEST_ARGS)
 
 fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)

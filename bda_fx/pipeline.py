@@ -10,7 +10,8 @@ it; the backend turns that into a fall-back, ``rewrite`` into an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,9 @@ from bda_fx.passes.transform_weights import transform_weights
 REUSE = 0.8
 """Part of the budget's allowance that is spent where one graph will serve modules with other
 weights, which may be noisier on the same sizes."""
+
+on_step: ContextVar[Callable[[str], None] | None] = ContextVar("on_step", default=None)
+"""Called with the name of each step as it begins, for those who show progress."""
 
 
 class StepError(RuntimeError):
@@ -69,6 +73,9 @@ class Outcome:
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
     """Name the pipeline step that an error came from."""
+    watch = on_step.get()
+    if watch is not None:
+        watch(name)
     try:
         yield
     except StepError:
