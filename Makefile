@@ -15,6 +15,9 @@ ZOO := timm==1.0.31 diffusers==0.42.1
 # Benchmarks of fidelity: benchmarks/NAME.py.
 FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
+# Benchmarks that CI runs on small sizes, the longest first.
+QUICK := deployment $(FIDELITY) coverage noise analyze overhead
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -65,13 +68,9 @@ bench: setup  ## the main comparison
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py
 
 bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
-	$(BIN)/python benchmarks/noise.py --quick
-	$(BIN)/python benchmarks/overhead.py --quick
-	$(BIN)/python benchmarks/coverage.py --quick
 	$(BIN)/python benchmarks/gpu.py --model --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py --quick
-	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	printf '%s\n' $(QUICK) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I NAME \
+	    $(BIN)/python benchmarks/NAME.py --quick
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.
 bench-fidelity: setup .venv/.quant  ## how exact rewrites are: every table and plot, some two hours
