@@ -311,11 +311,11 @@ CASES = (
     Case("query side, all outputs", attention(heads=1, embed=2), QO_SIDE, (randn(B, S, 2),),
          QUERIES, lacks=("o.weight",)),
     Case("fused, one after the other", lambda: FusedAttention("chunk", H, D, E), KV_SIDE,
-         emits=("qkv.weight_dense", "qkv.weight_kv_rows")),
+         emits=("qkv.weight_dense", "qkv.weight_kv4_rows")),
     Case("fused, head by head", lambda: FusedAttention("interleaved", H, D, E), KV_SIDE,
          emits=("qkv.weight_dense",)),
     Case("fused, heads innermost", lambda: FusedAttention("strided", H, D, E), KV_SIDE,
-         emits=("qkv.weight_dense", "qkv.weight_kv_slots")),
+         emits=("qkv.weight_dense", "qkv.weight_kv2_slots")),
     Case("features in reverse", lambda: ReversedKeys(1, 3), (("qk", "kv", 2), ("vo", "kv", 2)),
          options=PART),
     Case("decoupled rotary", DecoupledRotary, KV_SIDE),
@@ -336,9 +336,9 @@ CASES = (
     Case("added mask", Masked, KV_SIDE, (randn(B, S, E), randn(S, S, seed=1))),
     Case("used twice", UsedTwice, KV_SIDE, TWO),
     Case("folded into the producer", Latent, KV_SIDE, (randn(B, S, 2),),
-         emits=("down.weight", "scale"), lacks=("kv.weight_kv_rows",)),
+         emits=("down.weight", "scale"), lacks=("kv.weight_kv0_rows",)),
     Case("folded, with another reader", lambda: Latent(again=True), KV_SIDE, (randn(B, S, 2),),
-         emits=("down.weight", "again.weight"), lacks=("kv.weight_kv_rows",)),
+         emits=("down.weight", "again.weight"), lacks=("kv.weight_kv0_rows",)),
 )  # fmt: skip
 """Lines are a table."""
 

@@ -172,5 +172,6 @@ def formulas(change: ChangeBasis, turn: Turn) -> Iterator[None]:
         mock.patch.object(transforming, "turn_vectors", turn),
         mock.patch.object(transforming, "moments_of"),
         mock.patch.object(transforming, "predict_noise", return_value=Noise(1.0, 1.0)),
+        mock.patch.object(transforming, "keeps_range", return_value=True),
     ):
         yield
