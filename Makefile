@@ -18,7 +18,7 @@ FIDELITY := promise perplexity reconstruction agreement low_rank prepare
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity coverage fuzz clean
+.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity coverage fuzz sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,11 +55,13 @@ check: test  ## the same as test
 bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/projection.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 
 bench-quick: setup  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/noise.py --quick
 	$(BIN)/python benchmarks/overhead.py --quick
+	$(BIN)/python benchmarks/projection.py --quick
 	$(BIN)/python benchmarks/coverage.py --quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
 	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
@@ -73,6 +75,12 @@ coverage: setup  ## which attentions of which architecture are found
 
 fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)
+
+# QUICK=--quick leaves most forms out. Results of 2³¹ elements take 5 GiB, so they are tested here.
+sanitize: setup  ## the CPU kernel under the address and the thread sanitizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize thread $(QUICK)
+	BDA_FX_LARGE=1 $(BIN)/python -m pytest tests/kernels -k beyond_32_bits
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -606,6 +608,28 @@ at::Tensor project(
   return y;
 }
 
+// Refuse gradients and go on below autograd: a kernel of its own, as one in Python costs 10 µs a call.
+at::Tensor project_without_gradient(
+    const at::Tensor& x,
+    const at::Tensor& packed,
+    const std::optional<at::Tensor>& order,
+    const std::optional<at::Tensor>& bias,
+    c10::SymInt start,
+    c10::SymInt size,
+    at::IntArrayRef slots,
+    c10::SymInt out_features) {
+  const bool wanted = x.requires_grad() || packed.requires_grad() || (bias && bias->requires_grad());
+  TORCH_CHECK(
+      !(wanted && at::GradMode::is_enabled()),
+      "bda_fx: packed_projection has no gradient; basis_projection, on coefficients that are not "
+      "packed, has one");
+  static const auto below = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("bda_fx::packed_projection", "")
+                                .typed<decltype(project_without_gradient)>();
+  const at::AutoDispatchBelowAutograd guard;
+  return below.call(x, packed, order, bias, start, size, slots, out_features);
+}
+
 // Whether coefficients of a type are packed as they are, in pairs; else they are in float32.
 bool packs_in_pairs(at::ScalarType type) {
   return (type == at::kBFloat16 && has_brgemm<at::BFloat16>()) ||
@@ -616,6 +640,10 @@ bool packs_in_pairs(at::ScalarType type) {
 
 TORCH_LIBRARY_FRAGMENT(bda_fx, m) {
   m.def("packs_in_pairs(ScalarType dtype) -> bool", packs_in_pairs);
+}
+
+TORCH_LIBRARY_IMPL(bda_fx, Autograd, m) {
+  m.impl("packed_projection", project_without_gradient);
 }
 
 TORCH_LIBRARY_IMPL(bda_fx, CPU, m) {
