@@ -333,12 +333,12 @@ class Projection {
     // Compressed rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
     basis_stride_ = round_up<float>(basis_.count()) + lanes<float>();
-    const int64_t step = stride_ == 1 ? rows_.step(x.size(-1)) : 0;
-    if (step >= x.size(-1) && std::is_same_v<T, P>) {
+    step_ = rows_.step(x.size(-1));
+    if (stride_ == 1 && step_ >= x.size(-1) && std::is_same_v<T, P>) {
       rest_in_place_ = inner_ == rest_.count() && rest_.consecutive();
       basis_in_place_ = std::is_same_v<T, float> && basis_.consecutive();
-      if (rest_in_place_) rest_stride_ = step;
-      if (basis_in_place_) basis_stride_ = step;
+      if (rest_in_place_) rest_stride_ = step_;
+      if (basis_in_place_) basis_stride_ = step_;
     }
   }
 
@@ -387,8 +387,9 @@ class Projection {
     float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
     const int64_t widest = std::max(rest_.count(), basis_.count());
     T* row = buffers().row.get<T>(round_up<T>(widest) + lanes<T>());
+    const T* first = x_ + rows_.offset(block * block_);
     for (int64_t m = 0; m < tokens_of(block); ++m) {
-      const T* from = x_ + rows_.offset(block * block_ + m);
+      const T* from = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
       if (!rest_in_place_) {
         pick(rest_, from, row, rest + m * rest_stride_);
         // A row of coefficients is padded with zeros, which must not meet an infinity.
@@ -402,6 +403,8 @@ class Projection {
   void pick(const Features& features, const T* from, T* row, U* to) const {
     if constexpr (std::is_same_v<T, U>) {
       features.pick(from, stride_, to);
+    } else if (stride_ == 1 && features.consecutive()) {
+      at::vec::convert(from + features.first(), to, features.count());
     } else {
       features.pick(from, stride_, row);
       at::vec::convert(row, to, features.count());
@@ -519,8 +522,9 @@ class Projection {
   }
 
   const T* x_;
-  int64_t stride_;
+  int64_t stride_; // from one feature of x to the next
   Rows rows_;
+  int64_t step_ = 0; // from one token of x to the next, 0 if it varies
   const P* packed_;
   const Features& basis_;
   const Features& rest_;
