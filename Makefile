@@ -16,13 +16,13 @@ ZOO := timm==1.0.31 diffusers==0.42.1
 FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
 # Benchmarks that CI runs on small sizes, the longest first.
-QUICK := deployment $(FIDELITY) coverage noise analyze overhead
+QUICK := deployment $(FIDELITY) coverage noise projection analyze overhead
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu \
-        coverage cli-memory wheel-check fuzz clean
+        coverage cli-memory wheel-check fuzz sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,7 @@ check: test  ## the same as test
 bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/projection.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py
 
@@ -95,6 +96,12 @@ wheel-check: setup  ## the wheel in a fresh venv: doctor, inspect, export, verif
 
 fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)
+
+# QUICK=--quick leaves most forms out. Results of 2³¹ elements take 5 GiB, so they are tested here.
+sanitize: setup  ## the CPU kernel under the address and the thread sanitizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize thread $(QUICK)
+	BDA_FX_LARGE=1 $(BIN)/python -m pytest tests/kernels -k beyond_32_bits
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -331,12 +333,12 @@ class Projection {
     // Compressed rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
     basis_stride_ = round_up<float>(basis_.count()) + lanes<float>();
-    const int64_t step = stride_ == 1 ? rows_.step(x.size(-1)) : 0;
-    if (step >= x.size(-1) && std::is_same_v<T, P>) {
+    step_ = rows_.step(x.size(-1));
+    if (stride_ == 1 && step_ >= x.size(-1) && std::is_same_v<T, P>) {
       rest_in_place_ = inner_ == rest_.count() && rest_.consecutive();
       basis_in_place_ = std::is_same_v<T, float> && basis_.consecutive();
-      if (rest_in_place_) rest_stride_ = step;
-      if (basis_in_place_) basis_stride_ = step;
+      if (rest_in_place_) rest_stride_ = step_;
+      if (basis_in_place_) basis_stride_ = step_;
     }
   }
 
@@ -385,8 +387,9 @@ class Projection {
     float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
     const int64_t widest = std::max(rest_.count(), basis_.count());
     T* row = buffers().row.get<T>(round_up<T>(widest) + lanes<T>());
+    const T* first = x_ + rows_.offset(block * block_);
     for (int64_t m = 0; m < tokens_of(block); ++m) {
-      const T* from = x_ + rows_.offset(block * block_ + m);
+      const T* from = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
       if (!rest_in_place_) {
         pick(rest_, from, row, rest + m * rest_stride_);
         // A row of coefficients is padded with zeros, which must not meet an infinity.
@@ -400,6 +403,8 @@ class Projection {
   void pick(const Features& features, const T* from, T* row, U* to) const {
     if constexpr (std::is_same_v<T, U>) {
       features.pick(from, stride_, to);
+    } else if (stride_ == 1 && features.consecutive()) {
+      at::vec::convert(from + features.first(), to, features.count());
     } else {
       features.pick(from, stride_, row);
       at::vec::convert(row, to, features.count());
@@ -517,8 +522,9 @@ class Projection {
   }
 
   const T* x_;
-  int64_t stride_;
+  int64_t stride_; // from one feature of x to the next
   Rows rows_;
+  int64_t step_ = 0; // from one token of x to the next, 0 if it varies
   const P* packed_;
   const Features& basis_;
   const Features& rest_;
@@ -606,6 +612,28 @@ at::Tensor project(
   return y;
 }
 
+// Refuse gradients and go on below autograd: a kernel of its own, as one in Python costs 10 µs a call.
+at::Tensor project_without_gradient(
+    const at::Tensor& x,
+    const at::Tensor& packed,
+    const std::optional<at::Tensor>& order,
+    const std::optional<at::Tensor>& bias,
+    c10::SymInt start,
+    c10::SymInt size,
+    at::IntArrayRef slots,
+    c10::SymInt out_features) {
+  const bool wanted = x.requires_grad() || packed.requires_grad() || (bias && bias->requires_grad());
+  TORCH_CHECK(
+      !(wanted && at::GradMode::is_enabled()),
+      "bda_fx: packed_projection has no gradient; basis_projection, on coefficients that are not "
+      "packed, has one");
+  static const auto below = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("bda_fx::packed_projection", "")
+                                .typed<decltype(project_without_gradient)>();
+  const at::AutoDispatchBelowAutograd guard;
+  return below.call(x, packed, order, bias, start, size, slots, out_features);
+}
+
 // Whether coefficients of a type are packed as they are, in pairs; else they are in float32.
 bool packs_in_pairs(at::ScalarType type) {
   return (type == at::kBFloat16 && has_brgemm<at::BFloat16>()) ||
@@ -616,6 +644,10 @@ bool packs_in_pairs(at::ScalarType type) {
 
 TORCH_LIBRARY_FRAGMENT(bda_fx, m) {
   m.def("packs_in_pairs(ScalarType dtype) -> bool", packs_in_pairs);
+}
+
+TORCH_LIBRARY_IMPL(bda_fx, Autograd, m) {
+  m.impl("packed_projection", project_without_gradient);
 }
 
 TORCH_LIBRARY_IMPL(bda_fx, CPU, m) {

@@ -11,7 +11,8 @@ Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64
 pairs of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
 multiply are packed in float32, which multiplies them exactly.
 
-Inference only. Without the compiled kernel it unpacks and decomposes.
+Inference only: it refuses inputs that require a gradient. Without the compiled kernel it unpacks
+and decomposes.
 """
 
 from __future__ import annotations
@@ -101,15 +102,6 @@ def _fake(
     check_basis(x, out_features, inner, order, bias, start, size, slots)
     return x.new_empty((*x.shape[:-1], out_features))
 
-
-def _no_gradient(ctx: object, grad: Tensor) -> None:
-    raise RuntimeError(
-        "bda_fx: packed_projection has no gradient; basis_projection, on coefficients that are not "
-        "packed, has one"
-    )
-
-
-torch.library.register_autograd("bda_fx::packed_projection", _no_gradient, lib=library)
 
 packed_projection = torch.ops.bda_fx.packed_projection
 """The operator itself."""

@@ -27,7 +27,11 @@ def test_decomposition_is_the_formula(form: Form) -> None:
     assert_same(basis_projection(*arguments), by_definition(*arguments))
 
 
-@pytest.mark.parametrize("form", FORMS[:-10], ids=lambda form: form.name)
+# opcheck takes a second a form: these differ in what is traced.
+TRACED = [FORMS[i] for i in (1, 3, 6, 7, 9, 12, 17, 19, 20)]
+
+
+@pytest.mark.parametrize("form", TRACED, ids=lambda form: form.name)
 def test_opcheck(form: Form) -> None:
     arguments = form.arguments()
     for at in (0, 1, 3):
