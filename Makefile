@@ -15,10 +15,14 @@ ZOO := timm==1.0.31 diffusers==0.42.1
 # Benchmarks of fidelity: benchmarks/NAME.py.
 FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
+# Benchmarks that CI runs on small sizes, the longest first.
+QUICK := deployment $(FIDELITY) coverage noise analyze overhead
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity coverage fuzz clean
+.PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu \
+        coverage cli-memory wheel-check fuzz clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,19 +68,30 @@ bench: setup  ## the main comparison
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py
 
 bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
-	$(BIN)/python benchmarks/noise.py --quick
-	$(BIN)/python benchmarks/overhead.py --quick
-	$(BIN)/python benchmarks/coverage.py --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py --quick
-	for name in $(FIDELITY); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	$(BIN)/python benchmarks/gpu.py --model --quick
+	printf '%s\n' $(QUICK) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I NAME \
+	    $(BIN)/python benchmarks/NAME.py --quick
 
 # Trains a language model on the way (six minutes) and keeps it in the user's cache directory.
 bench-fidelity: setup .venv/.quant  ## how exact rewrites are: every table and plot, some two hours
 	for name in $(FIDELITY); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+bench-gpu: setup  ## the GPU kernel against cuBLAS and Inductor, and its tests: needs a GPU
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/gpu.py
+
+compile-gpu: setup  ## the GPU kernel as predicted and compiled for GPUs that are not here, ten minutes
+	$(BIN)/python benchmarks/gpu.py --model
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.compile_triton
+
 coverage: setup  ## which attentions of which architecture are found
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+
+cli-memory: setup  ## peak memory of bda-fx on a model of a gigabyte, three minutes
+	$(BIN)/python benchmarks/cli_memory.py
+
+wheel-check: setup  ## the wheel in a fresh venv: doctor, inspect, export, verify as users do
+	$(BIN)/python -m pytest tests/integration/test_packaging.py $(PYTEST_ARGS)
 
 fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)

@@ -19,9 +19,11 @@ from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights
+from bda_fx.kernels.packed_projection import serves
 from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
-from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
+from bda_fx.passes.transform_weights import Form, transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.report import report_of
 
@@ -60,7 +62,7 @@ def bda_backend(
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
         inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
-        outcome = transform(program, chosen, fixed_rows=False)
+        outcome = transform(program, chosen, fixed_rows=False, spelling=_spelling(chosen))
         log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
@@ -144,7 +146,7 @@ def _derivation(
     outcome: Outcome, bases: Mapping[str, Any]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
     """From one module's parameters to the derived inputs, or None where they are unfit."""
-    plan, constants = outcome.plan, outcome.constants
+    plan, constants, computed = outcome.plan, outcome.constants, outcome.computed
     assert constants is not None
     fixed = {key: outcome.tensors[key] for key in outcome.fixed}
     order = tuple(outcome.inputs)
@@ -162,6 +164,7 @@ def _derivation(
         if not transformed.usable or not plan.allows(transformed.noise):
             return None
         tensors = {**transformed.tensors, **fixed}
+        tensors.update({key: make(tensors) for key, make in computed.items()})
         return tuple(tensors[key] for key in order)
 
     return compute
@@ -185,6 +188,17 @@ class _Original:
     def settings(self) -> dict[str, Any]:
         takes_options = self.options.inner in ("inductor", "torch_tensorrt")
         return {"options": dict(self.options.inner_options)} if takes_options else {}
+
+
+def _spelling(options: Options) -> ChooseSpelling:
+    """The operator where a kernel serves it and the inner compiler is Inductor; else plain ATen."""
+    if options.inner != "inductor":
+        return always_aten
+
+    def choose(x: Tensor, form: Form, piece: int) -> Spelling:
+        return "packed" if serves(x.device, x.dtype) else "aten"
+
+    return choose
 
 
 def _inner_compiler(

@@ -10,7 +10,8 @@ it; the backend turns that into a fall-back, ``rewrite`` into an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from bda_fx.estimate_shares import estimate_shares
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
+from bda_fx.passes.derived_inputs import Computed
+from bda_fx.passes.emit_projection import ChooseSpelling, always_aten
 from bda_fx.passes.find_folds import find_folds
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
@@ -34,6 +37,9 @@ from bda_fx.passes.transform_weights import transform_weights
 REUSE = 0.8
 """Part of the budget's allowance that is spent where one graph will serve modules with other
 weights, which may be noisier on the same sizes."""
+
+on_step: ContextVar[Callable[[str], None] | None] = ContextVar("on_step", default=None)
+"""Called with the name of each step as it begins, for those who show progress."""
 
 
 class StepError(RuntimeError):
@@ -58,6 +64,8 @@ class Outcome:
     """Keys of tensors that depend on the plan alone, not on the weights."""
     constants: Constants | None = None
     """How the weights that the plan reads follow from the original placeholders."""
+    computed: dict[str, Computed] = field(default_factory=dict)
+    """How tensors that are made of other derived ones follow from these (packed weights)."""
     roots: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Placeholders of each linear weight, where caches are opaque."""
 
@@ -65,6 +73,9 @@ class Outcome:
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
     """Name the pipeline step that an error came from."""
+    watch = on_step.get()
+    if watch is not None:
+        watch(name)
     try:
         yield
     except StepError:
@@ -124,10 +135,12 @@ def transform(
     *,
     fixed_rows: bool,
     calibration: Sequence[Sequence[Any]] | None = None,
+    spelling: ChooseSpelling = always_aten,
 ) -> Outcome:
     """The whole pipeline on a canonical program, in place.
 
     ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
+    ``spelling`` chooses between plain ATen, which every exporter knows, and the operator.
     """
     plan = find_and_plan(program, options, calibration, 1.0 if fixed_rows else REUSE)
     roots = {}
@@ -143,7 +156,9 @@ def transform(
         values = constants.evaluate(program.tensors)
         transformed = transform_weights(plan, values, use_planned_rows=True)
     with step("rewrite graph"):
-        rewritten = rewrite_graph(program, plan, transformed.tensors, fixed_rows=fixed_rows)
+        rewritten = rewrite_graph(
+            program, plan, transformed.tensors, fixed_rows=fixed_rows, spelling=spelling
+        )
     with step("restore spellings"):
         restore_spellings(program)
     with step("renew values"):
@@ -151,6 +166,7 @@ def transform(
     with step("check graph"):
         check_graph(program)
     tensors = {**transformed.tensors, **rewritten.constants}
+    tensors.update({key: make(tensors) for key, make in rewritten.computed.items()})
     return Outcome(
         program,
         plan,
@@ -158,5 +174,6 @@ def transform(
         rewritten.inputs,
         frozenset(rewritten.constants),
         constants,
+        rewritten.computed,
         roots,
     )

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from models import minilm, rxnfp, sentences  # noqa: E402
-from reactions import tokenised, vocabulary  # noqa: E402
+from reactions import REACTIONS, tokenised, vocabulary  # noqa: E402
 
 import bda_fx  # noqa: E402
 from bda_fx.evaluate_float64 import evaluate_float64  # noqa: E402
@@ -42,17 +42,6 @@ BASES: tuple[tuple[str, Any], ...] = (
     ("auto", "auto"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-REACTIONS = (
-    "CC(=O)O.OCC>>CC(=O)OCC.O",
-    "CCO.CC(=O)Cl>>CC(=O)OCC.Cl",
-    "Nc1ccccc1.CC(=O)OC(C)=O>>CC(=O)Nc1ccccc1.CC(=O)O",
-    "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2ccccc2)cc1",
-    "CC(C)=O.[BH4-].[Na+]>>CC(C)O",
-    "O=C(O)c1ccccc1.OC>>COC(=O)c1ccccc1.O",
-    "C=CC=C.C=C>>C1=CCCCC1",
-    "CC(=O)c1ccccc1.NO>>CC(=NO)c1ccccc1.O",
-)
 
 
 def text_batch(tokenizer: Any, count: int) -> dict[str, torch.Tensor]:

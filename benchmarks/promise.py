@@ -69,7 +69,7 @@ def sentences_of_minilm(quick: bool) -> tuple[nn.Module, Batch]:
 
 
 def reactions_of_rxnfp(quick: bool) -> tuple[nn.Module, Batch]:
-    return rxnfp(), reaction_batch(2 if quick else 8)
+    return rxnfp(), reaction_batch(2 if quick else 48)
 
 
 def text_of_mla(quick: bool) -> tuple[nn.Module, Batch]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ from bda_fx.passes.emit_node import emit, fake_mode_of
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A derived tensor that is made of others: ``make`` of those under the keys ``of``."""
+
+    make: Callable[[Any], Tensor]
+    of: tuple[str, ...]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.make(tuple(tensors[key] for key in self.of))
+
+
 class DerivedInputs:
     """Makes placeholders of derived tensors in front of a graph, and views of symbolic shapes."""
 
@@ -20,6 +32,7 @@ class DerivedInputs:
         self.graph, self.derived = graph, dict(derived)
         self.inputs: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
+        self.made: dict[str, Computed] = {}
         self.nodes: dict[str, fx.Node] = {}
         placeholders = graph.find_nodes(op="placeholder")
         self.first_input, self.last_input = placeholders[0], placeholders[-1]
@@ -48,6 +61,13 @@ class DerivedInputs:
     def constant(self, key: str, value: Tensor) -> fx.Node:
         """The placeholder of an index tensor that the plan alone determines."""
         self.constants[key] = self.derived[key] = value
+        return self.input(key)
+
+    def computed(self, key: str, make: Callable[[Any], Tensor], of: Sequence[str]) -> fx.Node:
+        """The placeholder of ``make`` of other derived tensors."""
+        if key not in self.made:
+            self.made[key] = Computed(make, tuple(of))
+            self.derived[key] = self.made[key](self.derived)
         return self.input(key)
 
     def pad(self, node: fx.Node, x: fx.Node, width: int) -> fx.Node:

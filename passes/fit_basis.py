@@ -17,7 +17,13 @@ from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis, complete_basis
 from bda_fx.passes.choose_basis import BasisSearch
-from bda_fx.passes.predict_noise import Moments, predict_noise
+from bda_fx.passes.predict_noise import (
+    Moments,
+    PartnerHeads,
+    keeps_sums_wide,
+    partial_roundings,
+    predict_noise,
+)
 from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, moments_of
 
@@ -74,9 +80,9 @@ class BasisFits:
         balanced: bool = True,
         optimize_for: str | None = None,
     ) -> None:
-        self.weights, self.dtype, self.balanced = weights, dtype, balanced
-        self.optimize_for = optimize_for
-        heads = [w.heads for w in weights]
+        self.dtype, self.balanced, self.optimize_for = dtype, balanced, optimize_for
+        heads = [_as_stored(w.heads, dtype) for w in weights]
+        self.weights = [_light(w, h) for w, h in zip(weights, heads, strict=True)]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
@@ -90,8 +96,16 @@ class BasisFits:
         return [fit.noise if fit.usable else float("inf") for fit in self.fits(size)]
 
     def _estimate(self, size: int) -> float:
-        noise = self.search.obliqueness(size) ** 0.5
+        noise = (self.search.obliqueness(size) * self._sums(size)) ** 0.5
         return noise / EXCHANGES_LOWER_FULL if size == self.head_dim else noise
+
+    def _sums(self, size: int) -> float:
+        """Roundings on the way to a product over those of the original, on either factor alike."""
+        terms = self.moments[0].key_terms
+        if keeps_sums_wide(self.dtype) or not terms:
+            return 1.0
+        was, now = (1 + partial_roundings(n) for n in (terms, terms - size))
+        return (now / was + 1) / 2
 
     @property
     def known(self) -> list[int]:
@@ -112,6 +126,7 @@ class BasisFits:
         return [self._weigh_one(weights, moments, rows) for weights, moments in pairs]
 
     def _weigh_one(self, weights: SiteWeights, moments: Moments, rows: Tensor) -> Fit:
+        weights = replace(weights, heads=weights.heads.double())
         both = moments.balancing(self.balanced)
         s, condition = complete_basis(weights.heads, rows, weights.bias, both)
         if condition <= SURE_CONDITION:
@@ -129,3 +144,21 @@ class BasisFits:
             )
             correction = noise.site / alone.site
         return Fit(rows, noise.site, noise.worst, condition, residual, in_range, correction)
+
+
+def _light(weights: SiteWeights, heads: Tensor) -> SiteWeights:
+    """What is kept of a site's weights, as all sites of a model are held at a time: the ``heads``
+    as they are stored, and of the other factors, for which their moments will do, the biases."""
+
+    def bare(factors: Sequence[PartnerHeads]) -> list[PartnerHeads]:
+        return [replace(factor, weight=factor.weight.new_empty(0)) for factor in factors]
+
+    return replace(
+        weights, heads=heads, partners=bare(weights.partners), fellows=bare(weights.fellows)
+    )
+
+
+def _as_stored(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """``heads`` in ``dtype``, where nothing is lost by it: weights were widened from there."""
+    narrow = heads.to(dtype)
+    return narrow if torch.equal(narrow.to(heads.dtype), heads) else heads

@@ -80,11 +80,11 @@ class Planning:
 
     def allowance(self, dtypes: Sequence[torch.dtype]) -> float:
         """What Σ share (noise² - 1) may come to in a model whose sites have these dtypes."""
-        budget = self.noise_budget
-        if budget == "auto":
-            wide = self.optimize_for is not None or any(map(keeps_sums_wide, dtypes))
-            budget = BUDGET if wide else BUDGET_OF_LONG_SUMS
-        return max((float(budget) / CHANCE) ** 2 - 1, 0.0)
+        wide = self.optimize_for is not None or any(map(keeps_sums_wide, dtypes))
+        budget = BUDGET if wide else BUDGET_OF_LONG_SUMS
+        if self.noise_budget != "auto":
+            budget = float(self.noise_budget)
+        return max((budget / CHANCE) ** 2 - 1, 0.0)
 
     @property
     def usual_share(self) -> float:

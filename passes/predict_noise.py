@@ -45,6 +45,7 @@ float16 and bfloat16, 0.93 … 1.13 in float32, where the runs of a GEMM are not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,10 +55,11 @@ from torch import Tensor
 from bda_fx.passes.observe_noise import Observed, Rounded, observed_energies, rounded_by
 
 RUN = 192
-"""Products that a GEMM adds up one by one before it adds the sum to those of other runs. Measured
-from the variance of float32 products of torch on x86 (MKL, AVX-512): it grows as m / 2 up to 192
-terms, falls to 64 at 256, where there are two runs, and stays at 84 … 107 from 384 to 4,096. One
-token alone (a GEMV) has other runs: 0.3 times as much at 192 terms, 5 times at 4,096."""
+"""Most products that a GEMM adds up one by one before it adds the sum to those of other runs, which
+are of equal length. Measured from the variance of float32 products of torch on x86 (MKL, AVX-512):
+it grows as m / 2 up to 192 terms, falls to 64 at 256, where there are two runs, and stays at 84 …
+107 from 384 to 4,096. One token alone (a GEMV) has other runs: 0.3 times as much at 192 terms, 5
+times at 4,096."""
 DAMPING = 1e-6
 """Added to a Hessian's diagonal as a share of its mean: directions that the other factor never
 reads would otherwise take up errors without bound."""
@@ -125,7 +127,7 @@ def partial_roundings(terms: float) -> float:
 
     Partial sum i of a run of m has i / m of the energy, so that they add up to m / 2.
     """
-    return min(terms, RUN) / 2
+    return terms / (2 * max(1, math.ceil(terms / RUN)))
 
 
 def second_moments(

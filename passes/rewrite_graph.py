@@ -11,7 +11,8 @@
     op(c)                      →     op(c')                       for constants that turn along
 
 Requires: a plan for this graph. Leaves: the same outputs for transformed weights, in plain ATen
-(slice or index_select, linear, view, pad, add, cat); derived weights as new placeholders in
+(slice or index_select, linear, view, pad, add, cat) or, where the caller wants that, by one
+operator for each decomposed piece (``emit_projection``); derived weights as new placeholders in
 front, in the order of the returned names; placeholders that nobody reads any more are left for
 the caller to remove.
 Dimensions that were symbolic stay symbolic.
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor, fx
 
 from bda_fx.passes.canonicalize import Program
-from bda_fx.passes.derived_inputs import DerivedInputs, device_of
+from bda_fx.passes.derived_inputs import Computed, DerivedInputs, device_of
 from bda_fx.passes.emit_node import EMITTED, emit
+from bda_fx.passes.emit_projection import ChooseSpelling, always_aten, emit_projection
 from bda_fx.passes.sites import Constant, Plan
 from bda_fx.passes.transform_weights import (
     Form,
@@ -51,23 +53,30 @@ aten = torch.ops.aten
 class Rewritten:
     """Derived inputs of the new graph, in order: key of the tensor → placeholder name.
 
-    The tensors are those of ``Transformed``, and ``constants`` for the keys that depend on the plan
-    alone (index tensors of irregular layouts).
+    The tensors are those of ``Transformed``, ``constants`` for the keys that depend on the plan
+    alone (index tensors of irregular layouts), and ``computed`` from other derived tensors.
     """
 
     inputs: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    computed: dict[str, Computed] = field(default_factory=dict)
 
 
 def rewrite_graph(
-    program: Program, plan: Plan, derived: Mapping[str, Tensor], *, fixed_rows: bool
+    program: Program,
+    plan: Plan,
+    derived: Mapping[str, Tensor],
+    *,
+    fixed_rows: bool,
+    spelling: ChooseSpelling = always_aten,
 ) -> Rewritten:
     """Rewrite ``program`` in place. ``derived`` gives shapes and types of the derived tensors.
 
     With ``fixed_rows`` the plan's rows are part of the graph (an exported program); without, they
-    are inputs (a compiled graph that serves many layers).
+    are inputs (a compiled graph that serves many layers). ``spelling`` chooses, for each decomposed
+    piece, between plain ATen and the operator.
     """
-    rewriter = _Rewriter(program.graph, derived, plan, fixed_rows)
+    rewriter = _Rewriter(program.graph, derived, plan, fixed_rows, spelling)
     nodes = {node.name: node for node in program.graph.nodes}
     for form in forms_of(plan):
         for name in form.linear.nodes:
@@ -79,14 +88,20 @@ def rewrite_graph(
         for name, key in fold.constants:
             nodes[name].replace_all_uses_with(rewriter.input(key))
     program.module.recompile()
-    return Rewritten(rewriter.inputs, rewriter.constants)
+    return Rewritten(rewriter.inputs, rewriter.constants, rewriter.made)
 
 
 class _Rewriter(DerivedInputs):
     def __init__(
-        self, graph: fx.Graph, derived: Mapping[str, Tensor], plan: Plan, fixed_rows: bool
+        self,
+        graph: fx.Graph,
+        derived: Mapping[str, Tensor],
+        plan: Plan,
+        fixed_rows: bool,
+        spelling: ChooseSpelling,
     ) -> None:
         super().__init__(graph, derived)
+        self.spelling = spelling
         self.rows = {item.basis: item.rows for item in plan.sites} if fixed_rows else {}
         # Where x comes in basis order, the basis is its first features, whatever the weights.
         sizes = {item.basis: item.size for item in plan.sites}
@@ -107,10 +122,17 @@ class _Rewriter(DerivedInputs):
 
     def piece(self, node: fx.Node, x: Any, bias: Any, form: Form, at: int) -> fx.Node:
         piece = form.pieces[at]
-        extra = [] if bias is None else [self.input(bias_key(form, at, bias.name))]
+        bias = None if bias is None else self.input(bias_key(form, at, bias.name))
+        extra = [] if bias is None else [bias]
         if piece.basis is None:
             weight = self.input(weight_key(form, at))
             return emit(self.graph, aten.linear.default, x, weight, *extra, like=node)
+        spelling = self.spelling(x.meta["val"], form, at)
+        if spelling != "aten":
+            window, width = self.window(piece.basis, piece.size), _period(piece.slots)
+            return emit_projection(
+                self, node, form, at, bias, window, width, packed=spelling == "packed"
+            )
         basis, rest = self.gather(node, x, piece, form.linear.in_features)
         identity, groups, width = self.spread(node, basis, piece)
         if rest is None:

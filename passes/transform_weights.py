@@ -154,7 +154,7 @@ def transform_weights(
     forms = forms_of(plan)
     rows = _rows(plan, values, use_planned_rows)
     turned = _Turned(
-        {f.linear.weight: float64(values[f.linear.weight]).clone() for f in forms},
+        {},
         {
             bias: float64(values[bias]).clone()
             for f in forms
@@ -168,7 +168,16 @@ def transform_weights(
         },
     )
     noise, residual, in_range = [], [], []
-    for item in plan.sites:
+    tensors: dict[str, Tensor] = {}
+    orders: dict[str, Tensor] = {}
+    for fold in plan.folds:
+        for item in plan.sites:
+            if item.basis == fold.basis:
+                orders[item.site.linear.weight] = _order(rows[fold.basis], fold.in_features)
+    last = _last_uses(plan)
+    for at, item in enumerate(plan.sites):
+        for linear in item.site.linears:
+            turned.begin(linear.weight, values)
         weights = read_site(item.site, values)
         moments = moments_of(weights)
         both = moments.balancing(item.balanced)
@@ -181,15 +190,17 @@ def transform_weights(
         residual.append(change.residual)
         in_range.append(keeps_range(weights, moments, change.s, change.s_inv, dtype))
         _turn(item.site, _factors(weights, change, moments, dtype), values, turned)
-    tensors: dict[str, Tensor] = {}
-    orders: dict[str, Tensor] = {}
+        for form in forms:
+            if last.get(form.linear.weight) == at:
+                _round(form, rows, orders, values, turned, tensors)
+                del turned.matrices[form.linear.weight]
     for fold in plan.folds:
+        for linear in (fold.producer, *fold.readers):
+            turned.begin(linear.weight, values)
         _permute(fold, rows[fold.basis], values, turned, tensors)
-        for item in plan.sites:
-            if item.basis == fold.basis:
-                orders[item.site.linear.weight] = _order(rows[fold.basis], fold.in_features)
     for form in forms:
-        _round(form, rows, orders, values, turned, tensors)
+        if form.linear.weight not in last:
+            _round(form, rows, orders, values, turned, tensors)
     for constant, elements in turned.constants.items():
         like = values[constant.node]
         copy = torch.empty_like(like)  # as strided as the original, which a view may rely on
@@ -213,6 +224,16 @@ def _rows(plan: Plan, values: Mapping[str, Tensor], planned: bool) -> dict[str, 
     }
 
 
+def _last_uses(plan: Plan) -> dict[str, int]:
+    """The last site that turns each weight: then it can be rounded, and its float64 copy go. Those
+    that folds reorder are left out: they are needed to the end."""
+    last = {linear.weight: at for at, item in enumerate(plan.sites) for linear in item.site.linears}
+    for fold in plan.folds:
+        for linear in (fold.producer, *fold.readers):
+            last.pop(linear.weight, None)
+    return last
+
+
 @dataclass
 class _Turned:
     """Weights [F, E], biases [F] and flattened constants on their way to the new basis."""
@@ -220,6 +241,11 @@ class _Turned:
     matrices: dict[str, Tensor]
     biases: dict[str, Tensor]
     constants: dict[Constant, Tensor]
+
+    def begin(self, weight: str, values: Mapping[str, Tensor]) -> None:
+        """A float64 copy of a weight, unless there is one."""
+        if weight not in self.matrices:
+            self.matrices[weight] = values[weight].detach().to("cpu", torch.float64, copy=True)
 
 
 @dataclass(frozen=True)

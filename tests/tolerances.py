@@ -184,3 +184,26 @@ noise that the prediction leaves out on either side (the inside of attention ops
 
 DEFAULT_BUDGET = 1.4
 """What ``noise_budget="auto"`` promises of a float32 model: its noise over the original's own."""
+
+
+def float32_sum(terms: int) -> float:
+    """Relative error (RMS) of a float32 sum of ``terms`` random products, a basis feature, a bias.
+
+    Each partial sum is rounded, to 2⁻²⁴ / √3 of it at worst, and their squares grow linearly:
+    2⁻²⁴ √(n / 6). Twice that, for the few outputs that the tests sample; 0.4 … 1.2 measured. A term
+    too many or too few gives 0.1.
+    """
+    return 2 * 2.0**-24 * ((terms + 2) / 6) ** 0.5
+
+
+def kernel(dtype: torch.dtype) -> float:
+    """Bound on the relative error of the CPU kernel: its sum of at most 257 products in float32 (by
+    norm, 0.4 … 6 × 2⁻²⁴ measured), then one rounding."""
+    return float32_sum(257) + torch.finfo(dtype).eps / 2
+
+
+KERNEL_TO_ATEN = 1.1
+"""Error of the CPU kernel over that of the plain ATen ops, both against float64. Where 16-bit types
+are rounded once instead of twice, 0.75 measured (√½ of equal roundings, and more as ATen's second
+is of the larger sum); in float32 both sum runs, 0.85 … 1.0 measured, and chance moves the ratio of
+norms over 10⁴ outputs by √(2 / 10⁴) = 1.4 %."""

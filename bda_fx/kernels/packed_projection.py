@@ -1,0 +1,135 @@
+"""``bda_fx::packed_projection``: the operator on the CPU, with coefficients packed beforehand.
+
+    basis_projection(x, C, order, bias, start, size, slots)
+        = packed_projection(x, pack(C), order, bias, start, size, slots, F)
+
+Packing pays once where weights are used often, so a compiled graph reads packed coefficients, which
+are derived weights like others: computed from the parameters and recomputed when these change. The
+operator on plain coefficients packs them at each call.
+
+Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64, K, 64], or in
+pairs of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
+multiply are packed in float32, which multiplies them exactly.
+
+Inference only. Without the compiled kernel it unpacks and decomposes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bda_fx.kernels.basis_projection import (
+    TAGS,
+    check_arguments,
+    check_basis,
+    library,
+    project_in_aten,
+)
+from bda_fx.kernels.build_kernel import kernel_loaded
+
+PANEL = 64
+"""Outputs of a panel; the kernel's own number."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernel computes."""
+
+library.define(
+    "packed_projection(Tensor x, Tensor packed, Tensor? order, Tensor? bias, SymInt start, "
+    "SymInt size, int[] slots, SymInt out_features) -> Tensor",
+    tags=TAGS,
+)
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes this; builds it at the first question that depends on it."""
+    return device.type == "cpu" and dtype in DTYPES and kernel_loaded()
+
+
+def pack(coefficients: Tensor) -> Tensor:
+    """Coefficients [F, K] on the CPU as the kernel reads them."""
+    pairs = torch.ops.bda_fx.packs_in_pairs(coefficients.dtype)
+    dtype = coefficients.dtype if pairs else torch.float32
+    out_features, inner = coefficients.shape
+    odd = inner % 2 if pairs else 0
+    filled = F.pad(coefficients.to(dtype), (0, odd, 0, -out_features % PANEL))
+    panels = filled.view(len(filled) // PANEL, PANEL, inner + odd)
+    if not pairs:
+        return panels.mT.contiguous()
+    return panels.unflatten(-1, ((inner + odd) // 2, 2)).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, out_features: int, inner: int, dtype: torch.dtype) -> Tensor:
+    """The coefficients [F, K] that were packed."""
+    panels = packed.mT if packed.dim() == 3 else packed.transpose(1, 2).flatten(-2)
+    return panels.flatten(0, 1)[:out_features, :inner].to(dtype)
+
+
+def _project_unpacked(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+    out_features: int,
+) -> Tensor:
+    coefficients = unpack(packed, out_features, x.shape[-1] - size, x.dtype)
+    return project_in_aten(x, coefficients, order, bias, start, size, slots)
+
+
+library.impl("packed_projection", _project_unpacked, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bda_fx::packed_projection", lib=library)
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+    out_features: int,
+) -> Tensor:
+    pairs = packed.dim() == 4
+    rest = x.shape[-1] - size
+    inner = packed.shape[1] * 2 - rest % 2 if pairs else packed.shape[1]
+    check_basis(x, out_features, inner, order, bias, start, size, slots)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _no_gradient(ctx: object, grad: Tensor) -> None:
+    raise RuntimeError(
+        "bda_fx: packed_projection has no gradient; basis_projection, on coefficients that are not "
+        "packed, has one"
+    )
+
+
+torch.library.register_autograd("bda_fx::packed_projection", _no_gradient, lib=library)
+
+packed_projection = torch.ops.bda_fx.packed_projection
+"""The operator itself."""
+
+
+def _project_on_cpu(
+    x: Tensor,
+    coefficients: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+) -> Tensor:
+    """``basis_projection`` on the CPU: pack and project, or decompose where no kernel serves."""
+    if not serves(x.device, x.dtype):
+        return project_in_aten(x, coefficients, order, bias, start, size, slots)
+    check_arguments(x, coefficients, order, bias, start, size, slots)
+    out_features = coefficients.shape[0]
+    return packed_projection(x, pack(coefficients), order, bias, start, size, slots, out_features)
+
+
+library.impl("basis_projection", _project_on_cpu, "CPU")

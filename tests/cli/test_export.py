@@ -1,0 +1,152 @@
+"""``export`` and ``verify`` with ONNX files: the whole way that the README shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bda_fx
+from bda_fx.cli.errors import ExitCode
+from bda_fx.cli.run_onnx import OnnxModel
+from bda_fx.evaluate_float64 import evaluate_float64
+from bda_fx.exporters.exported import ExportError
+from tests.cli.conftest import LAYERS, Cli, Ran, files
+from tests.programs import assert_close, example, seeded
+from tests.tolerances import FLOAT64_PIVOT
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def exported(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, Path]:
+    """What ``export --to onnx`` said, and where it wrote."""
+    from typer.testing import CliRunner
+
+    from bda_fx.cli.app import app
+
+    out = tmp_path_factory.mktemp("exported") / "bert.onnx"
+    command = ["export", str(bert), "--to", "onnx", "-o", str(out), "--no-measure", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    return Ran(done.exit_code, done.stdout, done.stderr), out
+
+
+def test_export_proves_itself(exported: tuple[Ran, Path]) -> None:
+    ran, out = exported
+    assert ran.data["report"]["rewritten"] == 2 * LAYERS
+    assert ran.data["fidelity"]["passed"]
+    assert ran.data["fidelity"]["inputs"] == "given"  # text through the tokenizer
+    assert ran.data["bytes_after"] < ran.data["bytes_before"]
+    assert files(out.parent) == {"bert.onnx", "bert.onnx.bda.json", "bert.onnx.bda.md"}
+    evidence = json.loads((out.parent / "bert.onnx.bda.json").read_text())
+    assert evidence["identity"]["command"].startswith("bda-fx ")
+
+
+def test_axes_are_open_and_named(exported: tuple[Ran, Path]) -> None:
+    model = onnx.load(exported[1])
+    shapes = {
+        value.name: [axis.dim_param for axis in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    assert set(shapes) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert all(shape == ["batch", "length"] for shape in shapes.values())
+
+
+@pytest.mark.parametrize("order", ["directory first", "file first"])
+def test_verify_compares_a_directory_with_a_file(
+    cli: Cli, bert: Path, exported: tuple[Ran, Path], order: str
+) -> None:
+    pair = (bert, exported[1]) if order == "directory first" else (exported[1], bert)
+    ran = cli("verify", *pair, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.data["inputs_are_real"]
+    assert ran.data["noise_ratio"] < 4
+
+
+def test_verify_compares_two_files(cli: Cli, exported: tuple[Ran, Path], tmp_path: Path) -> None:
+    """The truth is a float64 run of the first file, and one wrong weight shows."""
+    path = exported[1]
+    ran = cli("verify", path, path, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.data["noise_ratio"] == 1.0
+    assert 0 < ran.data["outputs"][0]["error_reference"] < 1e-4
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0] += 0.1 if values.ndim == 2 else 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values * 1.001, weight.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    ran = cli("verify", path, tmp_path / "wrong.onnx")
+    assert ran.code == ExitCode.DIFFERENT, ran.err
+    assert "NOT EQUIVALENT" in ran.out
+
+
+class Plain(nn.Module):
+    """No attention, so that a file of it has the very weights; with a cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 5)
+        seeded(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.gelu(self.norm(self.first(x))) * 0.25
+        return self.second(y.float()).softmax(-1)
+
+
+def test_the_truth_of_a_file_is_that_of_its_program(tmp_path: Path) -> None:
+    """onnx's reference implementation in float64 and PyTorch's operators agree to float64."""
+    model, x = Plain(), example()
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "plain.onnx")
+    file = OnnxModel(tmp_path / "plain.onnx")
+    exported = torch.export.export(model, (x,))
+    (expected,), (got,) = evaluate_float64(exported, (x,)), file.truth((x,), {})
+    assert got.dtype == torch.float64
+    assert_close(got, expected, FLOAT64_PIVOT)
+    own = file(x)[0].double()
+    with pytest.raises(AssertionError):
+        assert_close(own, expected, FLOAT64_PIVOT)  # what it gives in float32
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder / "model.onnx"
+    assert files(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ExportError("the proof failed: noise ratio 9.00; lower the --noise-budget"), 4),
+        (ExportError("no opset 99: pass another"), 4),
+    ],
+)
+def test_what_an_exporter_refuses(
+    cli: Cli, out: Path, monkeypatch: pytest.MonkeyPatch, error: ExportError, code: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(bda_fx, "export_onnx", refuse)
+    ran = cli("export", "tests.cli.test_commands:attention", "--to", "onnx", "-o", out)
+    assert ran.code == code == ExitCode.CANNOT_CONVERT
+    message, remedy = [line for line in ran.err.splitlines() if not line.endswith("…")]
+    text = str(error)
+    assert text in (f"{message[7:]}: {remedy.strip()}", f"{message[7:]}; {remedy.strip()}")
+
+
+def test_an_option_that_does_not_apply(cli: Cli, bert: Path, out: Path) -> None:
+    ran = cli("export", bert, "--to", "aoti", "-o", out.with_suffix(".pt2"), "--opset", 18)
+    assert ran.code == ExitCode.USAGE
+    assert "--opset does not apply" in ran.err

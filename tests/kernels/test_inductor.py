@@ -1,0 +1,256 @@
+"""The operator inside of Inductor: what is emitted, in which modes it runs, what is cached."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bda_fx
+import bda_fx.backend as backend
+from bda_fx.passes.emit_projection import Spelling
+from tests.integration.test_backend import Attention, example
+from tests.tolerances import FLOAT32_MODEL, STALE
+
+OPTIONS = {"basis_size": "full", "strict": True}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ops of every graph that the backend rewrites."""
+    called: list[str] = []
+    original = backend.transform
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        outcome = original(*args, **kwargs)
+        called.extend(str(node.target) for node in outcome.program.graph.nodes)
+        return outcome
+
+    monkeypatch.setattr(backend, "transform", recorded)
+    return called
+
+
+def run(model: nn.Module, x: Tensor, **keywords: Any) -> Tensor:
+    options = {**OPTIONS, **keywords.pop("options", {})}
+    compiled = torch.compile(model, backend="bda", options=options, **keywords)
+    with torch.no_grad():
+        return compiled(x)
+
+
+def assert_close(value: Tensor, model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        truth = model(x)
+    assert float((value - truth).norm() / truth.norm()) <= FLOAT32_MODEL
+
+
+def layer(seed: int = 0) -> Attention:
+    return Attention(seed, torch.float32)
+
+
+def inputs(batch: int = 2, tokens: int = 5) -> Tensor:
+    return example(batch, tokens).float()
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "freezing": {"options": {"inner_options": {"freezing": True}}},
+    "max-autotune": {"options": {"inner_options": {"max_autotune": True}}},
+    "cpp_wrapper": {"options": {"inner_options": {"cpp_wrapper": True}}},
+    "graph partitions": {"options": {"inner_options": {"graph_partition": True}}},
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_modes(mode: dict[str, Any], targets: list[str]) -> None:
+    model, x = layer(), inputs()
+    assert_close(run(model, x, **dict(mode)), model, x)
+    assert targets.count("bda_fx.packed_projection.default") == 2
+
+
+def test_half_precision_is_packed_too(targets: list[str]) -> None:
+    model, x = layer().bfloat16(), inputs().bfloat16()
+    value = run(model, x)
+    truth = layer().double()(x.double())
+    with torch.no_grad():
+        own = float((model(x) - truth).norm())
+    assert float((value - truth).norm()) <= 2 * own  # the promise to users; 1.0 measured
+    assert targets.count("bda_fx.packed_projection.default") == 2
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_other_compilers_get_aten(inner: str, targets: list[str]) -> None:
+    run(layer(), inputs(), options={"inner": inner})
+    assert targets
+    assert not [name for name in targets if name.startswith("bda_fx")]
+
+
+def test_wider_types_get_aten(targets: list[str]) -> None:
+    run(Attention(), example())
+    assert not [name for name in targets if name.startswith("bda_fx")]
+
+
+def test_exported_programs_hold_aten() -> None:
+    program = bda_fx.rewrite(layer(), (inputs(),), options=OPTIONS).program
+    assert not [n for n in program.graph.nodes if str(n.target).startswith("bda_fx")]
+
+
+def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
+    """The spelling is chosen for each piece: here one operator, one of each kind."""
+    kinds: Iterator[Spelling] = iter(["operator", "aten"])
+    monkeypatch.setattr(backend, "_spelling", lambda options: lambda x, form, piece: next(kinds))
+    model, x = layer(), inputs()
+    assert_close(run(model, x), model, x)
+    assert targets.count("bda_fx.basis_projection.default") == 1
+    assert targets.count("aten.index_select.default") == 2
+
+
+def test_one_graph_serves_every_size_and_layer(targets: list[str]) -> None:
+    compiled = torch.compile(layer(), backend="bda", options=OPTIONS, dynamic=True)
+    model = compiled._orig_mod
+    for tokens in (3, 7, 300):
+        x = inputs(4, tokens)
+        with torch.no_grad():
+            assert_close(compiled(x), model, x)
+    graphs = targets.count("output")
+    assert graphs == 1
+
+
+def test_regional_compilation(targets: list[str]) -> None:
+    model = nn.Sequential(*[layer(seed) for seed in range(3)])
+    truth, x = nn.Sequential(*[layer(seed) for seed in range(3)]), inputs()
+    for part in model:
+        part.compile(backend="bda", options=OPTIONS)
+    with torch.no_grad():
+        assert_close(model(x), truth, x)
+    assert targets.count("output") == 1
+
+
+def in_place(model: Attention) -> None:
+    model.k.weight.add_(1.0)
+
+
+def new_data(model: Attention) -> None:
+    model.v.weight.data = model.v.weight.detach() * 2 + 1
+
+
+def load_state_dict(model: Attention) -> None:
+    model.load_state_dict(layer(seed=9).state_dict())
+
+
+@pytest.mark.parametrize("change", [in_place, new_data, load_state_dict])
+def test_packed_weights_are_never_stale(change: Any) -> None:
+    model, x = layer(), inputs()
+    compiled = torch.compile(model, backend="bda", options=OPTIONS)
+    with torch.no_grad():
+        before = compiled(x)
+        change(model)
+        after = compiled(x)
+    assert_close(after, model, x)
+    assert float((after - before).norm() / before.norm()) > STALE
+
+
+def test_plain_coefficients_are_not_kept() -> None:
+    """Only what the graph reads stays in memory: packed weights instead of plain ones."""
+    calls: list[Any] = []
+    original = backend._compile
+
+    def recorded(*args: Any) -> Any:
+        calls.append(original(*args))
+        return calls[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_compile", recorded)
+        model = layer()
+        run(model, inputs())
+    (entry,) = calls[0].derived_weights.entries.values()
+    matrices = sorted(tuple(t.shape) for t in entry.derived if t.dim() > 1)
+    assert matrices == [(1, 18, 64), (1, 18, 64), (24, 24), (24, 24)]
+
+
+def test_autocast_and_training_keep_the_original(targets: list[str]) -> None:
+    model, x = layer(), inputs()
+    compiled = torch.compile(model, backend="bda", options=OPTIONS)
+    with pytest.warns(UserWarning, match="grad mode is on"):
+        compiled(x).sum().backward()
+    assert model.k.weight.grad is not None
+    assert not targets
+
+
+SCRIPT = """
+import json, torch
+from pathlib import Path
+from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import CppBuilder
+from tests.kernels.test_inductor import OPTIONS, inputs, layer
+
+built, original = [], CppBuilder.build
+CppBuilder.build = lambda self: (built.append(self.get_target_file_path()), original(self))[1]
+with torch.no_grad():
+    y = torch.compile(layer(), backend="bda", options=OPTIONS)(inputs())
+print(json.dumps({
+    "kernels": sum(Path(path).parent.name == "bda_fx" for path in built),
+    "sum": float(y.sum()),
+    **{kind: counters["inductor"]["fxgraph_cache_" + kind] for kind in ("hit", "miss", "bypass")},
+}))
+"""
+
+
+def start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process: subprocess.Popen[str]) -> Any:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_processes_share_what_is_compiled(tmp_path: Path) -> None:
+    """Two at once build the kernel once; a third one compiles nothing at all."""
+    processes = [start(SCRIPT, tmp_path) for _ in range(2)]
+    first, second = (result(process) for process in processes)
+    assert first["kernels"] + second["kernels"] == 1
+    assert len(list((tmp_path / "bda_fx").glob("*.so"))) == 1
+    third = result(start(SCRIPT, tmp_path))
+    assert third == {"kernels": 0, "sum": first["sum"], "hit": 1, "miss": 0, "bypass": 0}
+
+
+ALONE = """
+import json, warnings, torch
+from bda_fx.kernels.packed_projection import serves
+from bda_fx.kernels.basis_projection import basis_projection, project_in_aten
+arguments = torch.randn(5, 24), torch.randn(24, 16), None, None, 3, 8, [*range(8)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    same = [torch.equal(basis_projection(*arguments), project_in_aten(*arguments)) for _ in "ab"]
+print(json.dumps({"same": same, "warnings": [str(w.message) for w in caught]}))
+"""
+
+
+def test_without_a_compiler_aten_serves_and_says_so_once(tmp_path: Path) -> None:
+    got = result(start(ALONE, tmp_path, CXX="no-such-compiler"))
+    assert got["same"] == [True, True]
+    (warning,) = got["warnings"]
+    assert "plain ATen ops" in warning
+    assert "name it in CXX" in warning
