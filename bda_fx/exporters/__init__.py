@@ -1,7 +1,7 @@
 """Ways out of Python: ONNX, TensorRT engines, AOTInductor packages, each with its evidence.
 
-    export_onnx.py        (translate_onnx.py, spell_sums.py, check_onnx.py, run_onnx.py,
-                           time_sites.py)
+    export_onnx.py        (translate_onnx.py, spell_complex.py, spell_sums.py, check_onnx.py,
+                           measure_onnx.py, run_onnx.py, time_sites.py)
     export_tensorrt.py    (build_engine.py)
     export_aoti.py
 

@@ -21,6 +21,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from bda_fx.exporters.spell_complex import spell_complex
+
 OPSET = 23
 """The newest operator set that both torch's translator and ONNX Runtime release. From 23 on an
 attention stays one op, ``Attention``, which ONNX Runtime runs 5 % faster (rxnfp, CPU)."""
@@ -35,7 +37,7 @@ def translate_onnx(
     """
     with _quiet(), torch.no_grad():
         translated = torch.onnx.export(
-            program,
+            spell_complex(program),
             (),
             dynamo=True,
             verbose=False,

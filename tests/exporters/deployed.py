@@ -46,8 +46,8 @@ def bert() -> Deployed:
     return tokens(example.model, example.kwargs)
 
 
-def deepseek_v3() -> Deployed:
-    example = models.make(Case("deepseek_v3", "sdpa"))
+def deepseek_v2() -> Deployed:
+    example = models.make(Case("deepseek_v2", "sdpa"))
     return tokens(example.model, example.kwargs)
 
 
@@ -73,7 +73,7 @@ def whisper_encoder() -> Deployed:
 
 MODELS: dict[str, Callable[[], Deployed]] = {
     "bert": bert,
-    "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
     "vit": vit,
     "t5_encoder": t5_encoder,
     "whisper_encoder": whisper_encoder,

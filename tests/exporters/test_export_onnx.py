@@ -30,7 +30,7 @@ from tests.programs import Attention, FusedAttention, example  # noqa: E402
 FULL = {"basis_size": "full"}
 CASES = [
     ("bert", torch.float32),
-    ("deepseek_v3", torch.float32),
+    ("deepseek_v2", torch.float32),
     ("vit", torch.float16),
     ("whisper_encoder", torch.float16),
 ]

@@ -23,7 +23,7 @@ from bda_fx.exporters.export_tensorrt import default_profiles
 from tests.exporters.deployed import BATCH, LENGTH, MODELS, Deployed
 from tests.programs import Attention, example
 
-CASES = [("bert", torch.float16), ("deepseek_v3", torch.float32)]
+CASES = [("bert", torch.float16), ("deepseek_v2", torch.float32)]
 
 
 def export(model: Deployed, path: Path, **arguments: Any) -> bda_fx.Exported:
