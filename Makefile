@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup demo test check lint types bench bench-quick bench-fidelity bench-gpu compile-gpu \
-        coverage cli-memory wheel-check fuzz sanitize clean
+        coverage cli-memory wheel-check fuzz sanitize soak clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -102,6 +102,9 @@ sanitize: setup  ## the CPU kernel under the address and the thread sanitizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address $(QUICK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize thread $(QUICK)
 	BDA_FX_LARGE=1 $(BIN)/python -m pytest tests/kernels -k beyond_32_bits
+
+soak: setup  ## generate() on real weights, 64 tokens; make test makes 6
+	BDA_FX_SOAK=1 $(BIN)/python -m pytest tests/integration/test_generate.py -k smollm2
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
