@@ -103,7 +103,7 @@ sanitize: setup  ## the CPU kernel under the address and the thread sanitizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize thread $(QUICK)
 	BDA_FX_LARGE=1 $(BIN)/python -m pytest tests/kernels -k beyond_32_bits
 
-soak: setup  ## generate() on real weights, 64 tokens; make test makes 6
+soak: setup  ## generate() with the whole of SmolLM2, 64 tokens
 	BDA_FX_SOAK=1 $(BIN)/python -m pytest tests/integration/test_generate.py -k smollm2
 
 clean:  ## remove what was built, but not .venv
