@@ -86,7 +86,13 @@ def test_the_wheel_holds_every_module_once(packed: Packed, checkout: Path) -> No
     folders = ("bda_fx", "bda_fx/cli", "bda_fx/exporters", "bda_fx/testing")
     modules = [path.relative_to(checkout) for f in folders for path in checkout.glob(f"{f}/*.py")]
     passes = [Path("bda_fx", path.relative_to(checkout)) for path in checkout.glob("passes/*.py")]
-    expected = [path.as_posix() for path in [*modules, *passes, Path("bda_fx/py.typed")]]
+    kernels = [
+        path.relative_to(checkout)
+        for path in (checkout / "bda_fx/kernels").iterdir()
+        if path.suffix in (".py", ".cpp")
+    ]
+    marker = Path("bda_fx/py.typed")
+    expected = [path.as_posix() for path in [*modules, *kernels, *passes, marker]]
     assert sorted(packages) == sorted(expected)
 
 
