@@ -13,14 +13,19 @@ Requires: a rewritten graph whose new nodes have values. Leaves: values in agree
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.emit_node import EMITTED, fake_mode_of, fake_value
 
 _ROLLS = rules.overloads("roll")
+_PART = operator.getitem
 
 
 def renew_values(program: Program) -> None:
@@ -40,9 +45,8 @@ def renew_values(program: Program) -> None:
         if made and not any(arg in moved for arg in read):
             continue
         old = node.meta.get("val")
-        if not read or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if not isinstance(old, Tensor) or node.is_impure():
+        computed = isinstance(node.target, torch._ops.OpOverload) or node.target is _PART
+        if not read or not computed or not _strides(old) or node.is_impure():
             continue
         try:
             new = fake_value(node, mode)
@@ -51,13 +55,20 @@ def renew_values(program: Program) -> None:
                 raise
             node.target = torch.ops.aten.reshape.default
             new = fake_value(node, mode)
-        if isinstance(new, Tensor) and new.stride() != old.stride():
+        if _strides(new) != _strides(old):
             node.meta["val"] = new
             moved.add(node)
     program.module.recompile()
 
 
+def _strides(value: Any) -> list[tuple[Any, ...]]:
+    """Of a tensor, or of each that an op gives (``split``)."""
+    return [leaf.stride() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _keeps_strides(node: fx.Node) -> bool:
     """Whether the strides of a result follow from those of what is read."""
+    if node.target is _PART:
+        return True
     tables = (rules.MOVES, rules.KEEPS, rules.SCALES, rules.SUMS, rules.MIXES)
     return any(node.target in ops for ops in tables)

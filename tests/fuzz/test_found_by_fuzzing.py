@@ -10,7 +10,17 @@ from torch import Tensor, nn
 import bda_fx
 from bda_fx.report import Report
 from tests import tolerances
-from tests.programs import FULL, D, E, H, Projected, assert_close, example, rewrite_in_float64
+from tests.programs import (
+    FULL,
+    D,
+    E,
+    H,
+    Projected,
+    assert_close,
+    example,
+    rewrite_in_float64,
+    seeded,
+)
 
 
 def sites(report: Report) -> list[tuple[str, int | None]]:
@@ -162,3 +172,25 @@ def test_two_shared_bases_of_one_weight() -> None:
     report = rewrite_in_float64(Shared())
     bases = {(s.basis_size, s.decomposed) for s in report.rewritten if s.product == "vo"}
     assert bases == {(2, 2), (D - 2, D - 2)}
+
+
+def test_strides_of_every_part_of_a_split() -> None:
+    """A fused projection with the weight on the left comes out transposed, its rewrite does not;
+    views behind the split, a clone and a write that keeps strides had been made for the former."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Parameter(torch.empty(3 * H * D, E))
+            self.o = nn.Linear(H * D, E)
+            seeded(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = (self.qkv @ x.transpose(1, 2)).transpose(1, 2).split(H * D, -1)
+            q, k, v = (part.unflatten(-1, (H, D)).transpose(1, 2) for part in parts)
+            q = q.clone()
+            q[(x[..., 0] > 0)[:, None].expand(-1, H, -1)] = 0
+            scores = torch.einsum("bhid,bhjd->bhij", q, k)
+            return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    assert sites(rewrite_in_float64(Fused()))
