@@ -359,8 +359,10 @@ def test_no_memory_is_foreseen(
 )
 def test_a_signal_while_it_is_written(out: Path, number: signal.Signals, code: ExitCode) -> None:
     slow = (
-        "import sys, time, torch\n"
+        "import signal, sys, time, torch\n"
         "import bda_fx.cli.app as app\n"
+        # A shell starts what runs in its background with interrupts ignored: these tests, perhaps.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def save(program, file):\n"
         "    file.write(b'half')\n"
         "    print('half is written', flush=True, file=sys.__stderr__)\n"

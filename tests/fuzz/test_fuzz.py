@@ -1,6 +1,6 @@
 """Fuzzed attention modules: never a wrong rewrite, and hardly a legal one missed.
 
-150 modules, the same at every run. ``make fuzz`` runs 10,000, and others with another seed.
+100 modules, the same at every run. ``make fuzz`` runs 10,000, and others with another seed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.fuzz.grammar import Spec, specs
 from tests.fuzz.oracles import Verdict, judge
 from tests.fuzz.render import render
 
-SEEDS = range(3)
+SEEDS = range(1, 3)
 FIXED = settings(
     max_examples=50,
     database=None,
