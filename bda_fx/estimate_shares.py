@@ -369,7 +369,8 @@ class _FactorMoments:
             self.effects = self.effects + self.effect / total
             self.weight_effects = self.weight_effects + self.weight_effect / total
             self.passes += 1
-        self.effect, self.weight_effect, self.gradient = 0 * self.effect, 0 * self.effect, None
+        self.effect = self.weight_effect = torch.zeros_like(self.effects)
+        self.gradient = None
 
     def observed(self) -> Observed | None:
         """None where nothing was seen, or nothing that could be reckoned with."""

@@ -118,13 +118,14 @@ def observed_energies(
     groups, dim = s.shape[:2]
     was, now = torch.zeros(groups, dtype=s.dtype), torch.zeros(groups, dtype=s.dtype)
     identity = torch.zeros(groups, dim, dtype=s.dtype)
-    for part in parts:
+    turned = [turned_energies(part, s, s_inv) for part in parts]
+    for part, (energies, _) in zip(parts, turned, strict=True):
         if part.decomposed and part.elements:
-            energies, _ = turned_energies(part, s, s_inv)
             identity[:, :size] = (1 / energies[:, :size].clamp_min(1)).nan_to_num(1.0)
     floor = smallest**2
-    for part, (before, after) in zip(parts, partial_roundings, strict=True):
-        energies, effects = turned_energies(part, s, s_inv)
+    for part, (energies, effects), (before, after) in zip(
+        parts, turned, partial_roundings, strict=True
+    ):
         left = energies * (1 - identity[part.groups]) if part.decomposed else energies
         if part.elements:
             count = part.elements - (size if part.decomposed else 0)

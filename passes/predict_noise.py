@@ -210,7 +210,7 @@ def predict_noise(
     if optimize_for is not None:
         was, now = _quantisation_energies(moments, key, query, size, optimize_for)
     elif moments.rounded:
-        was, now = _observed_energies(moments, s, s_inv, size, dtype)
+        was, now = _observed_energies(moments, key, query, s, s_inv, size, dtype)
     else:
         was, now = _noise_energies(moments, key, query, size, dtype)
     if not float(was.sum()) > 0:
@@ -244,10 +244,15 @@ def _noise_energies(
 
 
 def _observed_energies(
-    moments: Moments, s: Tensor, s_inv: Tensor, size: int, dtype: torch.dtype
+    moments: Moments,
+    key: Tensor,
+    query: Tensor,
+    s: Tensor,
+    s_inv: Tensor,
+    size: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The same from what a run showed (see ``observe_noise``)."""
-    key, query = moments.turned(s, s_inv)
     wide = keeps_sums_wide(dtype)
     heard = (torch.ones_like(s[:, 0]),) * 2
     if wide:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bda_fx.kernels.slot_pattern import period_of
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.derived_inputs import Computed, DerivedInputs, device_of
 from bda_fx.passes.emit_node import EMITTED, emit
@@ -129,7 +130,7 @@ class _Rewriter(DerivedInputs):
             return emit(self.graph, aten.linear.default, x, weight, *extra, like=node)
         spelling = self.spelling(x.meta["val"], form, at)
         if spelling != "aten":
-            window, width = self.window(piece.basis, piece.size), _period(piece.slots)
+            window, width = self.window(piece.basis, piece.size), period_of(piece.slots)
             return emit_projection(
                 self, node, form, at, bias, window, width, packed=spelling == "packed"
             )
@@ -247,7 +248,7 @@ class _Rewriter(DerivedInputs):
         The slots of a piece repeat with a period of ``width`` features: [x_B | 0] once for each
         product that shares the basis. It is built once and broadcast over the groups.
         """
-        slots, width = piece.slots, _period(piece.slots)
+        slots, width = piece.slots, period_of(piece.slots)
         groups = len(slots) // width
         axis = basis.meta["val"].dim() - 1
         runs: list[fx.Node] = []
@@ -299,7 +300,7 @@ class _Rewriter(DerivedInputs):
         for at, piece in enumerate(form.pieces):
             for feature in piece.features:
                 owner[feature] = at
-        period = _period(tuple(owner))
+        period = period_of(tuple(owner))
         order = list(dict.fromkeys(owner[:period]))
         runs = sum(a != b for a, b in itertools.pairwise(owner[:period])) + 1
         axis = node.meta["val"].dim() - 1
@@ -335,12 +336,3 @@ class _Anchor:
         with self.graph.inserting_after(self.after):
             self.after = emit(self.graph, target, *args, like=self.like)
         return self.after
-
-
-def _period(pattern: tuple[int, ...]) -> int:
-    """Smallest p that divides the length and with which the pattern repeats."""
-    size = len(pattern)
-    for p in range(1, size + 1):
-        if size % p == 0 and pattern == pattern[:p] * (size // p):
-            return p
-    return size

@@ -30,14 +30,18 @@ class Pattern(NamedTuple):
         return sum(end - begin for begin, end, _ in self.runs) / len(self.period)
 
 
+def period_of(pattern: tuple[int, ...]) -> int:
+    """Smallest p that divides the length and with which the pattern repeats."""
+    width = len(pattern)
+    for size in range(1, width):
+        if width % size == 0 and pattern[size:] == pattern[:-size]:
+            return size
+    return width
+
+
 @lru_cache(maxsize=1024)
 def pattern_of(slots: tuple[int, ...]) -> Pattern:
-    width = len(slots)
-    period = next(
-        slots[:size]
-        for size in range(1, width + 1)
-        if width % size == 0 and slots[size:] == slots[:-size]
-    )
+    period = slots[: period_of(slots)]
     runs: list[tuple[int, int, int]] = []
     for feature, slot in enumerate(period):
         if slot < 0:
