@@ -311,9 +311,8 @@ class _Backward(Wide):
 
         def at_output(gradient: Tensor) -> None:
             gradient = gradient.detach().reshape(-1, y.shape[-1])
-            of_weight = gradient.T @ inputs
             for moments in self.linears[n.name]:
-                moments.add_weight_gradient(of_weight)
+                moments.add_use(inputs, gradient)
                 if moments.axis == OUT:
                     moments.add(outputs, gradient)
 
@@ -333,44 +332,55 @@ class _FactorMoments:
     def __init__(self, linear: Linear, axis: str, features: Features) -> None:
         self.axis, self.index = axis, torch.tensor(features)
         self.often = len(linear.nodes) > 1
+        self.uses: list[tuple[Tensor, Tensor]] = []  # of a weight that is used often
         self.tokens = self.passes = 0
-        zeros = torch.zeros(*self.index.shape, self.index.shape[1], dtype=torch.float64)
-        self.values, self.effects, self.weight_effects = zeros, zeros, zeros
-        self.effect, self.weight_effect = zeros, zeros  # of the pass under way
-        self.gradient: Tensor | None = None
+        shape = (*self.index.shape, self.index.shape[1])
+        self.values, self.effects, self.weight_effects = torch.zeros(3, *shape, dtype=torch.float64)
+        # of the pass under way
+        self.effect, self.weight_effect = torch.zeros(2, *shape, dtype=torch.float64)
 
     def add(self, values: Tensor, gradients: Tensor) -> None:
         """Values and gradients of the linear's outputs or inputs, [tokens, features]."""
         self.tokens += len(values)
-        self.values = self.values + self._gram(values.T)
-        self.effect = self.effect + self._gram(gradients.T)
+        self.values += self._gram(values.T)
+        self.effect += self._gram(gradients.T)
 
-    def add_weight_gradient(self, gradient: Tensor) -> None:
-        """[outputs, inputs]; those of several uses of one weight add up before they are squared."""
+    def add_use(self, inputs: Tensor, gradients: Tensor) -> None:
+        """A use of the weight: the linear's ``inputs`` and ``gradients`` of its outputs, [tokens,
+        features]. Weight gradients of several uses add up before they are squared."""
+        own, other = (gradients, inputs) if self.axis == OUT else (inputs, gradients)
         if self.often:
-            self.gradient = gradient if self.gradient is None else self.gradient + gradient
+            self.uses.append((own, other))
         else:
-            self._see_gradient(gradient)
+            self._see_weight_gradient(own, other)
 
-    def _see_gradient(self, gradient: Tensor) -> None:
-        rows = gradient if self.axis == OUT else gradient.T
-        self.weight_effect = self.weight_effect + self._gram(rows) / rows.shape[1]
+    def _see_weight_gradient(self, own: Tensor, other: Tensor) -> None:
+        """Γ = ownᵀ other, through the Gram matrix of whichever is smaller: tokens or features."""
+        heads, width = own.T[self.index.to(own.device)], other.shape[1]
+        if len(other) < width:
+            gram = heads @ (other @ other.T) @ heads.mT
+        else:
+            gradient = heads @ other
+            gram = gradient @ gradient.mT
+        self.weight_effect.add_(gram.cpu(), alpha=1 / width)
 
     def _gram(self, rows: Tensor) -> Tensor:
         """Σ over columns of ``rows`` [features, M], heads apart: [n, D, D]."""
         heads = rows[self.index.to(rows.device)]
-        return (heads @ heads.mT).double().cpu()
+        return (heads @ heads.mT).cpu()
 
     def finish(self, total: float) -> None:
         """The pass is over; ``total`` is the noise of its output."""
-        if self.gradient is not None:
-            self._see_gradient(self.gradient)
+        if self.uses:
+            own, other = zip(*self.uses, strict=True)
+            self._see_weight_gradient(torch.cat(own), torch.cat(other))
         if total > 0:
-            self.effects = self.effects + self.effect / total
-            self.weight_effects = self.weight_effects + self.weight_effect / total
+            self.effects.add_(self.effect, alpha=1 / total)
+            self.weight_effects.add_(self.weight_effect, alpha=1 / total)
             self.passes += 1
-        self.effect = self.weight_effect = torch.zeros_like(self.effects)
-        self.gradient = None
+        self.effect.zero_()
+        self.weight_effect.zero_()
+        self.uses = []
 
     def observed(self) -> Observed | None:
         """None where nothing was seen, or nothing that could be reckoned with."""

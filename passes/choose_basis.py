@@ -186,8 +186,8 @@ def obliqueness(heads: Tensor, rows: Tensor) -> Tensor:
 def _prepare(heads: Tensor) -> _Heads:
     """Orthonormalise each head's columns by its Gram matrix: once more where the loss of
     orthogonality, eps × condition², is worth it."""
-    y = heads.double()
-    y = y / y.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    largest = torch.linalg.vector_norm(heads, torch.inf, dim=(1, 2), keepdim=True).double()
+    y = heads / largest.clamp_min(torch.finfo(torch.float64).tiny)
     for least in (RANK_TOLERANCE**2, 0.5):
         spectrum, axes = torch.linalg.eigh(y.mT @ y)
         kept = (spectrum > least * spectrum[:, -1:]) & (spectrum > 0)
@@ -198,7 +198,7 @@ def _prepare(heads: Tensor) -> _Heads:
     if (rank == 0).any():
         y, rank = y[rank > 0], rank[rank > 0]
     rank = rank.double()
-    energy = y.square().sum(-1)
+    energy = torch.linalg.vector_norm(y, dim=-1).square()
     sizes = energy.maximum(SHORT_ROW * rank.unsqueeze(1) / heads.shape[1])
     return _Heads(y, energy, sizes, rank)
 

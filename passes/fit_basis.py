@@ -81,8 +81,8 @@ class BasisFits:
         optimize_for: str | None = None,
     ) -> None:
         self.dtype, self.balanced, self.optimize_for = dtype, balanced, optimize_for
-        heads = [_as_stored(w.heads, dtype) for w in weights]
-        self.weights = [_light(w, h) for w, h in zip(weights, heads, strict=True)]
+        heads = [w.heads for w in weights]
+        self.weights = [_light(w) for w in weights]
         self.search = BasisSearch(torch.cat(heads) if len(heads) > 1 else heads[0], strategy)
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
@@ -146,19 +146,11 @@ class BasisFits:
         return Fit(rows, noise.site, noise.worst, condition, residual, in_range, correction)
 
 
-def _light(weights: SiteWeights, heads: Tensor) -> SiteWeights:
-    """What is kept of a site's weights, as all sites of a model are held at a time: the ``heads``
-    as they are stored, and of the other factors, for which their moments will do, the biases."""
+def _light(weights: SiteWeights) -> SiteWeights:
+    """What is kept of a site's weights, as all sites of a model are held at a time: of the other
+    factors, for which their moments will do, the biases."""
 
     def bare(factors: Sequence[PartnerHeads]) -> list[PartnerHeads]:
         return [replace(factor, weight=factor.weight.new_empty(0)) for factor in factors]
 
-    return replace(
-        weights, heads=heads, partners=bare(weights.partners), fellows=bare(weights.fellows)
-    )
-
-
-def _as_stored(heads: Tensor, dtype: torch.dtype) -> Tensor:
-    """``heads`` in ``dtype``, where nothing is lost by it: weights were widened from there."""
-    narrow = heads.to(dtype)
-    return narrow if torch.equal(narrow.to(heads.dtype), heads) else heads
+    return replace(weights, partners=bare(weights.partners), fellows=bare(weights.fellows))

@@ -61,19 +61,20 @@ class Rounded:
 
 def rounded_by(
     observed: Observed,
-    weight: Tensor,
+    gram: Tensor,
+    count: int,
     groups: Tensor,
     *,
     computed: bool,
     along: bool,
     decomposed: bool = False,
 ) -> tuple[Rounded, Rounded]:
-    """Values and weights of one factor: ``weight`` [n, D, M], float64.
+    """Values and weights of one factor: ``gram`` [n, D, D] of the weights, ``count`` of them for
+    each feature.
 
     ``computed``: the values are outputs of the linear and turn as its weights do; what an output
     projection reads turns the other way.
     """
-    count = weight.shape[2]
     return (
         Rounded(
             observed.values,
@@ -84,7 +85,7 @@ def rounded_by(
             decomposed=decomposed and computed,
         ),
         Rounded(
-            weight @ weight.mT,
+            gram,
             observed.weight_effects,
             groups,
             along,

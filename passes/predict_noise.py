@@ -145,17 +145,31 @@ def second_moments(
     what a run showed of the heads, of use only where it showed every factor. Cost
     O((G E + H n) D²).
     """
-    heads = heads.double()
-    key = _add_outer(heads.mT @ heads, bias)
+    wide = heads.double()
+    gram = wide.mT @ wide
+    key = _add_outer(gram, bias)
     query = torch.zeros_like(key)
-    for total, factors in ((key, fellows), (query, partners)):
+    met: list[tuple[PartnerHeads, Tensor, bool]] = []
+    for along, total, factors in ((True, key, fellows), (False, query, partners)):
         for factor in factors:
             weight = factor.weight.double()
-            total.index_add_(0, factor.groups, _add_outer(weight @ weight.mT, factor.bias))
-    sizes = [float(p.weight.double().square().sum()) for p in partners]
+            met.append((factor, weight @ weight.mT, along))
+            total.index_add_(0, factor.groups, _add_outer(met[-1][1], factor.bias))
+    sizes = [float(_diagonals(square).sum()) for _, square, along in met if not along]
     partials = sum(
         size * partial_roundings(p.terms) for size, p in zip(sizes, partners, strict=True)
     )
+    rounded: tuple[Rounded, ...] = ()
+    if observed is not None and all(factor.observed is not None for factor, _, _ in met):
+        own = PartnerHeads(wide.mT, bias, torch.arange(len(wide)), observed=observed)
+        rounded = (
+            *_rounded(own, gram, computed=inputs, along=True, decomposed=True),
+            *(
+                part
+                for factor, square, along in met
+                for part in _rounded(factor, square, computed=factor.terms > 0, along=along)
+            ),
+        )
     return Moments(
         key,
         query,
@@ -164,33 +178,23 @@ def second_moments(
         inputs,
         heads.shape[1],
         sum(p.weight.shape[0] * p.weight.shape[2] for p in partners) / max(len(heads), 1),
-        _rounded(heads, partners, fellows, observed, inputs=inputs),
+        rounded,
     )
 
 
 def _rounded(
-    heads: Tensor,
-    partners: Sequence[PartnerHeads],
-    fellows: Sequence[PartnerHeads],
-    observed: Observed | None,
-    *,
-    inputs: bool,
-) -> tuple[Rounded, ...]:
-    if observed is None:
-        return ()
-    own = rounded_by(
-        observed, heads.mT, torch.arange(len(heads)), computed=inputs, along=True, decomposed=True
+    factor: PartnerHeads, gram: Tensor, *, computed: bool, along: bool, decomposed: bool = False
+) -> tuple[Rounded, Rounded]:
+    assert factor.observed is not None
+    return rounded_by(
+        factor.observed,
+        gram,
+        factor.weight.shape[2],
+        factor.groups,
+        computed=computed,
+        along=along,
+        decomposed=decomposed,
     )
-    parts = list(own)
-    for along, factors in ((False, partners), (True, fellows)):
-        for factor in factors:
-            if factor.observed is None:
-                return ()
-            weight, groups = factor.weight.double(), factor.groups
-            parts += rounded_by(
-                factor.observed, weight, groups, computed=factor.terms > 0, along=along
-            )
-    return tuple(parts)
 
 
 def predict_noise(

@@ -85,7 +85,7 @@ def constants_of(sites: Iterable[Site], folds: Iterable[Fold] = ()) -> set[str]:
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """A site's weights by heads, float64: ``heads`` [G, E, D], ``bias`` [G, D] or None.
+    """A site's weights by heads, as stored: ``heads`` [G, E, D], ``bias`` [G, D] (float64) or None.
 
     ``partners`` meet the decomposed heads; ``fellows`` turn along with them.
     """
@@ -149,18 +149,33 @@ def read_vectors(
     features: tuple[tuple[int, ...], ...],
     values: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """Vectors of D features [n, M, D] and, for outputs of a linear, their biases [n, D].
+    """Vectors of D features [n, M, D] and, for outputs of a linear, their biases [n, D] in float64.
+
+    They are on the CPU, in the dtype that they are stored in: all sites of a model are held at a
+    time, and numerics widen them one by one.
 
     M counts inputs of a linear ("out"), its outputs ("in"), or is 1 for elements of a constant.
     """
     index = torch.tensor(features)
     if isinstance(tensor, Constant):
-        return float64(values[tensor.node]).flatten()[index].unsqueeze(1), None
-    matrix = float64(values[tensor.weight])
+        return values[tensor.node].detach().cpu().flatten()[index].unsqueeze(1), None
+    matrix = values[tensor.weight].detach()
     if axis == IN:
-        return matrix.T[index].mT, None
+        return _select(matrix, 1, index).transpose(0, 1), None
+    rows = _select(matrix, 0, index)
     biases = [bias for bias in tensor.biases if bias is not None]
-    return matrix[index].mT, float64(values[biases[0]])[index] if biases else None
+    return rows.mT, float64(values[biases[0]])[index] if biases else None
+
+
+def _select(matrix: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Rows or columns [n, D] of a matrix, on the CPU: a view where they follow each other."""
+    flat = index.flatten()
+    first, count = int(flat[0]), len(flat)
+    if torch.equal(flat, torch.arange(first, first + count)):
+        chosen = matrix.narrow(axis, first, count)
+    else:
+        chosen = matrix.index_select(axis, flat.to(matrix.device))
+    return chosen.cpu().unflatten(axis, index.shape)
 
 
 def float64(value: Tensor) -> Tensor:

@@ -289,7 +289,8 @@ def _factors(
         return _Factors(change, change.coefficients, change.bias)
     feedback = _Feedback(*moments.turned(change.s, change.s_inv), dtype)
     below = [change.coefficients]
-    old = [weights.heads[:, change.rows], weights.heads[:, change.rest]]
+    heads = weights.heads.double()
+    old = [heads[:, change.rows], heads[:, change.rest]]
     if change.bias is not None and weights.bias is not None:
         below.append(change.bias.unsqueeze(1))
         old.append(weights.bias.unsqueeze(1))
@@ -299,7 +300,7 @@ def _factors(
     new = torch.cat([identity.expand(len(rounded), -1, -1), rounded], 1)
     pairs = [(new, torch.cat(old, 1), every)]
     for fellow in weights.fellows:
-        vectors, groups = fellow.weight.mT, fellow.groups
+        vectors, groups = fellow.weight.mT.double(), fellow.groups
         along = turn_vectors(vectors, change, groups, against=False)
         pairs.append((feedback.round(along, groups, against=False), vectors, groups))
     fitted = replace(change, s=refit(pairs, change.s))
