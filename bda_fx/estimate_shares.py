@@ -53,6 +53,8 @@ MOST_OUTPUTS = 4
 """Outputs that are looked at: each takes a backward pass, and the first ones matter."""
 MOST_WORK = 3e10
 """Multiplications of linears up to which an estimate is made unasked: a few seconds."""
+MOST_BYTES = 4 << 30
+"""Memory up to which an estimate is made unasked: a backward pass keeps the values of all nodes."""
 
 Features = tuple[tuple[int, ...], ...]
 
@@ -83,7 +85,7 @@ def estimate_shares(
     """
     if not sites:
         return Shares([], {})
-    if inputs is None and _work(program) > MOST_WORK:
+    if inputs is None and (_work(program) > MOST_WORK or _kept(program) > MOST_BYTES):
         log.info("bda_fx: noise shares are not estimated, the program is too large")
         return None
     try:
@@ -120,6 +122,17 @@ def _work(program: Program) -> float:
     return total
 
 
+def _kept(program: Program) -> int:
+    """Bytes of all floating values at the example's sizes, in float32."""
+    total = 0
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        computed = node.op == "call_function" and isinstance(value, Tensor)
+        if computed and value.is_floating_point():
+            total += 4 * torch.Size([example_size(n) for n in value.shape]).numel()
+    return total
+
+
 def _made_up(program: Program, random: torch.Generator) -> list[Any]:
     values: list[Any] = []
     for node in program.graph.find_nodes(op="placeholder"):
@@ -144,8 +157,20 @@ def _shares(
     nodes = {node.name: node for node in program.graph.nodes}
     reads = [_reads(site, nodes) for site in sites]
     run.watched = {name for site in reads for name, _, _ in site}
-    results = run.run(*flat)
-    shares: list[list[float]] = [[] for _ in sites]
+    try:
+        return _shares_of_outputs(program, run, run.run(*flat), reads, random)
+    finally:
+        run.release()
+
+
+def _shares_of_outputs(
+    program: Program,
+    run: _Backward,
+    results: Any,
+    reads: Sequence[Sequence[tuple[str, Tensor, float]]],
+    random: torch.Generator,
+) -> list[list[float]]:
+    shares: list[list[float]] = [[] for _ in reads]
     for output in _outputs(program, results)[:MOST_OUTPUTS]:
         cotangent = torch.randn(output.shape, generator=random).to(output.device, output.dtype)
         run.start()
@@ -245,6 +270,7 @@ class _Backward(Wide):
             for factor in _factors(view)
         }
         self.moments = {key: _FactorMoments(*factor) for key, factor in factors.items()}
+        self.hooks: list[Any] = []
         self.linears: dict[str, list[_FactorMoments]] = {}
         for key, (linear, _, _) in factors.items():
             for name in linear.nodes:
@@ -258,6 +284,14 @@ class _Backward(Wide):
         """After it."""
         for moments in self.moments.values():
             moments.finish(self.total)
+
+    def release(self) -> None:
+        """Let the graph of a run go: it holds its hooks, and these hold this object, where no
+        garbage collector sees it."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.env.clear()
 
     def observed(self) -> dict[FactorKey, Observed]:
         found = {key: moments.observed() for key, moments in self.moments.items()}
@@ -297,7 +331,7 @@ class _Backward(Wide):
                     by_feature = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy
                     self.energies[n.name] = by_feature.cpu()
 
-            value.register_hook(collect)
+            self.hooks.append(value.register_hook(collect))
         if n.name in self.linears:
             self.watch_linear(n, value)
         return value
@@ -321,9 +355,9 @@ class _Backward(Wide):
                 if moments.axis == IN:
                     moments.add(inputs, gradient.detach().reshape(-1, x.shape[-1]))
 
-        y.register_hook(at_output)
+        self.hooks.append(y.register_hook(at_output))
         if x.requires_grad and any(moments.axis == IN for moments in self.linears[n.name]):
-            x.register_hook(at_input)
+            self.hooks.append(x.register_hook(at_input))
 
 
 class _FactorMoments:

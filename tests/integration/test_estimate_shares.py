@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,13 +180,19 @@ def test_no_sites_no_shares() -> None:
     assert shares_in(canonical(Attention(), randn(B, S, E)), []) == []
 
 
+@pytest.mark.parametrize("limit", ["MOST_WORK", "MOST_BYTES"])
 def test_a_program_too_large_is_not_run_unasked(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    limit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = B * S * E * H * D * 4
-    monkeypatch.setattr(module, "MOST_WORK", work)
+    program = canonical(Attention(), randn(B, S, E))
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
+    most = {
+        "MOST_WORK": B * S * E * H * D * 4,
+        "MOST_BYTES": sum(4 * v.numel() for v in values if v.is_floating_point()),
+    }[limit]
+    monkeypatch.setattr(module, limit, most)
     assert shares_of(Attention(), randn(B, S, E), given=False) is not None
-    monkeypatch.setattr(module, "MOST_WORK", work - 1)
+    monkeypatch.setattr(module, limit, most - 1)
     with caplog.at_level("INFO", "bda_fx"):
         assert shares_of(Attention(), randn(B, S, E), given=False) is None
     assert "not estimated, the program is too large" in caplog.text
@@ -236,3 +243,15 @@ def test_weights_that_are_inference_tensors() -> None:
     with torch.inference_mode():
         program.tensors = {name: value.clone() for name, value in program.tensors.items()}
     assert shares_in(program, sites) == expected
+
+
+def test_no_graph_outlives_an_estimate() -> None:
+    program, both, own, _ = two_linears(torch.float32)
+
+    def recorded() -> int:
+        gc.collect()
+        return sum(type(x) is Tensor and x.grad_fn is not None for x in gc.get_objects())
+
+    before = recorded()
+    assert estimate_shares(program, [both, own]) is not None
+    assert recorded() == before
