@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 import bda_fx
 import bda_fx.backend as backend
-from bda_fx.passes.emit_projection import Spelling
+from bda_fx.assemble_program import assemble_program
+from bda_fx.passes.canonicalize import canonicalize_module
+from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
+from bda_fx.pipeline import transform
+from tests import programs
+from tests.programs import FusedAttention
 from tests.integration.test_backend import Attention, example
 from tests.tolerances import FLOAT32_MODEL, STALE
 
@@ -117,6 +122,44 @@ def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str])
     assert_close(run(model, x), model, x)
     assert targets.count("bda_fx.basis_projection.default") == 1
     assert targets.count("aten.index_select.default") == 2
+
+
+@pytest.mark.parametrize(
+    "spelling", ["dense", ByTokens(((1, 9), (40, 50)))], ids=["dense", "tokens"]
+)
+def test_dense_in_the_same_basis(
+    spelling: Spelling, monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    """One graph, in a range of tokens, between two, and beyond them."""
+    monkeypatch.setattr(backend, "_spelling", lambda options: lambda x, form, piece: spelling)
+    model = layer()
+    compiled = torch.compile(model, backend="bda", options=OPTIONS, dynamic=True)
+    for tokens in (2, 7, 10, 30):
+        x = inputs(4, tokens)
+        with torch.no_grad():
+            assert_close(compiled(x), model, x)
+    assert targets.count("output") == 1
+    assert not [name for name in targets if "index_select" in name]
+    operator = "bda_fx.packed_projection_by_tokens.default"
+    assert targets.count(operator) == (0 if spelling == "dense" else 2)
+
+
+@pytest.mark.parametrize("basis", ["pivot", "window"])
+def test_dense_joins_the_pieces_of_a_fused_weight(
+    basis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several bases, features that are not decomposed, biases: one linear as before."""
+    spelled: ChooseSpelling = lambda x, form, piece: "dense"  # noqa: E731
+    model, x = FusedAttention().float(), programs.example().float()
+    canonical = canonicalize_module(model, (x,))
+    count = sum("linear" in str(node.target) for node in canonical.graph.nodes)
+    chosen = bda_fx.Options(basis=basis, basis_size=0.8)
+    outcome = transform(canonical, chosen, fixed_rows=True, spelling=spelled)
+    assert len(outcome.plan.sites) == 2
+    program = assemble_program(outcome)
+    assert sum("linear" in str(node.target) for node in program.graph.nodes) == count
+    assert not [n for n in program.graph.nodes if "index_select" in str(n.target)]
+    assert_close(program.module()(x), model, x)
 
 
 def test_one_graph_serves_every_size_and_layer(targets: list[str]) -> None:
