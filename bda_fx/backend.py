@@ -25,6 +25,7 @@ from bda_fx.passes.canonicalize import canonicalize_dynamo
 from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
 from bda_fx.passes.transform_weights import Form, transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
+from bda_fx.profitability import Offer, offer_aten
 from bda_fx.report import report_of
 
 log = logging.getLogger("bda_fx")
@@ -62,7 +63,9 @@ def bda_backend(
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
         inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
-        outcome = transform(program, chosen, fixed_rows=False, spelling=_spelling(chosen))
+        outcome = transform(
+            program, chosen, fixed_rows=False, spelling=_spelling(chosen), offer=_offer(chosen)
+        )
         log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
@@ -199,6 +202,17 @@ def _spelling(options: Options) -> ChooseSpelling:
         return "packed" if serves(x.device, x.dtype) else "aten"
 
     return choose
+
+
+def _offer(options: Options) -> Offer:
+    """The spellings that are weighed against each other and the original."""
+    if options.inner != "inductor":
+        return offer_aten
+
+    def offer(x: Tensor) -> Sequence[Spelling]:
+        return ("packed", "aten") if serves(x.device, x.dtype) else ("aten",)
+
+    return offer
 
 
 def _inner_compiler(

@@ -3,7 +3,7 @@
     "aten"       slice or index_select, linear, add: what every compiler and exporter knows
     "operator"   bda_fx::basis_projection(x, C, order, b, start, r, slots)
     "packed"     bda_fx::packed_projection(x, pack(C), order, b, start, r, slots, F), on the CPU
-    ByTokens     bda_fx::packed_projection_by_tokens(…, W', ranges): "packed" or "dense" at each call
+    ByTokens     bda_fx::packed_projection_by_tokens(…, W', ranges): "packed" or dense at each call
     "dense"      linear(x, W', b), the original's shape in the new basis: all pieces in one
 
 All compute the same and read the same rows; which one is best depends on the device, the compiler
@@ -33,7 +33,7 @@ from bda_fx.passes.transform_weights import Form, basis_key, weight_key
 
 @dataclass(frozen=True)
 class ByTokens:
-    """Decomposed at numbers of tokens within ``ranges``, (first, last) each, and dense elsewhere."""
+    """Decomposed at numbers of tokens within ``ranges``, (first, last) each; dense elsewhere."""
 
     ranges: tuple[tuple[int, int], ...]
 

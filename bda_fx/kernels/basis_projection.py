@@ -81,8 +81,9 @@ def dense_weight(
     size: int,
     slots: Sequence[int],
 ) -> Tensor:
-    """W' [F, E] with ``basis_projection(x, C, order, b, …) = linear(x, W', b)``: C in the columns of
-    the other features, a one where an output takes a basis feature.
+    """W' [F, E] with ``basis_projection(x, C, order, b, …) = linear(x, W', b)``.
+
+    C in the columns of the other features, a one where an output takes a basis feature.
 
     For numbers of tokens at which a plain product is faster, in the same basis.
     """

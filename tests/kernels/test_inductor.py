@@ -21,8 +21,8 @@ from bda_fx.passes.canonicalize import canonicalize_module
 from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
 from bda_fx.pipeline import transform
 from tests import programs
-from tests.programs import FusedAttention
 from tests.integration.test_backend import Attention, example
+from tests.programs import FusedAttention
 from tests.tolerances import FLOAT32_MODEL, STALE
 
 OPTIONS = {"basis_size": "full", "strict": True}
@@ -298,3 +298,124 @@ def test_without_a_compiler_aten_serves_and_says_so_once(tmp_path: Path) -> None
     (warning,) = got["warnings"]
     assert "plain ATen ops" in warning
     assert "name it in CXX" in warning
+
+
+# -- profitability --------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Keys and values of 4 × 64 out of 256 features: a quarter is saved."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.q, self.k, self.v, self.o = (nn.Linear(256, 256) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, 64)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.o(heads.transpose(1, 2).flatten(2))
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, faster: Any) -> list[int]:
+    """A timer that calls every form once; ``faster(tokens)`` tells whether the kernel is."""
+    seen: list[int] = []
+
+    def timer(calls: Any, device: torch.device) -> dict[str, float]:
+        shapes = {name: call().shape for name, call in calls.items()}
+        assert len(set(shapes.values())) == 1
+        tokens = shapes["0"][0]
+        seen.append(tokens)
+        speedup = 2.0 if faster(tokens) else 0.5
+        return {name: 1 / speedup if name == "0" else 1.0 for name in calls}
+
+    monkeypatch.setattr("bda_fx.measure_projection.time_calls", timer)
+    return seen
+
+
+@pytest.fixture
+def no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered of other runs, and nothing is kept."""
+    monkeypatch.setattr("bda_fx.timing_cache.TimingCache._read", lambda self: {})
+    keep = lambda self, key, seconds: self.known.update({key: seconds})  # noqa: E731
+    monkeypatch.setattr("bda_fx.timing_cache.TimingCache.put", keep)
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_one_graph_has_two_forms_and_chooses_by_tokens(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    seen = timed(monkeypatch, lambda tokens: tokens == 16)
+    model = Wide()
+    options = {**OPTIONS, "profitability": "measure"}
+    compiled = torch.compile(model, backend="bda", options=options, dynamic=True)
+    for batch, tokens in ((2, 4), (4, 4), (2, 300)):
+        x = torch.randn(batch, tokens, 256)
+        with torch.no_grad():
+            assert_close(compiled(x), model, x)
+    assert targets.count("output") == 1
+    assert targets.count("bda_fx.packed_projection_by_tokens.default") == 2
+    assert sorted(seen) == [1, 16, 128, 1024]
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_what_does_not_pay_is_the_original(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    timed(monkeypatch, lambda tokens: False)
+    model, x = Wide(), torch.randn(2, 8, 256)
+    with torch.no_grad():
+        plain = torch.compile(model)(x)
+    value = run(model, x, options={"profitability": "measure"})
+    assert torch.equal(value, plain)
+    assert not [name for name in targets if name.startswith("bda_fx")]
+
+
+@pytest.mark.parametrize("mode", ["measure", "model"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighed_for_real(mode: str, dynamic: bool, dtype: torch.dtype) -> None:
+    """Whatever this machine finds: the outputs are right, in bounded time."""
+    model = nn.Sequential(*map(Wide, range(3)))
+    x = torch.randn(2, 100, 256)
+    with torch.no_grad():
+        truth = model(x)
+        own = float((model.to(dtype)(x.to(dtype)).float() - truth).norm())
+        value = run(model, x.to(dtype), options={"profitability": mode}, dynamic=dynamic).float()
+    assert value.shape == truth.shape
+    assert float((value - truth).norm()) <= max(2 * own, FLOAT32_MODEL * float(truth.norm()))
+
+
+def test_freezing_while_weighed() -> None:
+    model, x = Wide(), torch.randn(2, 100, 256)
+    options = {"profitability": "measure", "inner_options": {"freezing": True}}
+    assert_close(run(model, x, options=options), model, x)
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_an_opaque_cache_keeps_its_basis(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    """Prefill is decomposed and decode is not, and both put the same into the cache."""
+    timed(monkeypatch, lambda tokens: tokens > 10)
+    model = Wide()
+    keys: list[Tensor] = []
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(x).unflatten(-1, (4, 64)).transpose(1, 2) for p in (model.q, model.k, model.v))
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return model.o(heads.transpose(1, 2).flatten(2)), k, v
+
+    options = {**OPTIONS, "profitability": "measure", "kv_cache": "opaque"}
+    compiled = torch.compile(forward, backend="bda", options=options, dynamic=False)
+    x = torch.randn(1, 20, 256)
+    with torch.no_grad():
+        for part in (x, x[:, :3]):
+            y, k, _ = compiled(part)
+            truth, own, _ = forward(part)
+            assert float((y - truth).norm() / truth.norm()) <= FLOAT32_MODEL
+            assert float((k - own).norm() / own.norm()) > STALE  # another basis than the model's
+            keys.append(k[:, :, :3])
+    assert float((keys[0] - keys[1]).norm() / keys[0].norm()) <= FLOAT32_MODEL
+    assert targets.count("bda_fx.packed_projection.default") == 2
+    assert targets.count("output") == 2
