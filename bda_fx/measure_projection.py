@@ -175,7 +175,7 @@ def calls_of(case: Case, tokens: int) -> dict[str, Callable[[], Tensor]]:
     calls: dict[str, Callable[[], Tensor]] = {
         ORIGINAL: _call(*_linear(case, x, weight, bias)),
     }
-    prepacked = _prepacked(x, weight, bias)
+    prepacked = prepacked_linear(x, weight, bias)
     if prepacked is not None:
         calls[f"{ORIGINAL}, prepacked"] = prepacked
     for at, candidate in enumerate(case.candidates):
@@ -266,7 +266,7 @@ def _derived(
     return tensors
 
 
-def _prepacked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor] | None:
+def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor] | None:
     """oneDNN's linear on a weight packed for these tokens, where this CPU has it."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None

@@ -1,7 +1,8 @@
 """Predict how long the forms of one linear take, from a few rates of the device. Times no shape.
 
-CPU: ATen's linear and the kernel without a basis are timed once for each dtype at some numbers of
-tokens, on one weight, with a small product for what a call costs and a copy for the bandwidth:
+CPU: the faster of ATen's and oneDNN's linear, and the kernel without a basis, are timed once for
+each dtype at some numbers of tokens, on one weight, with a small product for what a call costs and
+a copy for the bandwidth:
 
     seconds(tokens, K, F) = call + (reference(tokens) - call) · K F / (K₀ F₀)
     gather, add, sum      = bytes read and written / bandwidth       (the kernel gathers x as well)
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from bda_fx.kernels import roofline
 from bda_fx.kernels.packed_projection import pack, packed_projection, serves
-from bda_fx.measure_projection import ORIGINAL, Candidate, Case, Timer, time_calls
+from bda_fx.measure_projection import ORIGINAL, Candidate, Case, Timer, prepacked_linear, time_calls
 from bda_fx.timing_cache import TimingCache
 
 TOKENS = (1, 16, 128, 1024)
@@ -79,6 +80,7 @@ class Predict:
 def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
     device = torch.device("cpu")
     calls: dict[str, Callable[[], Tensor]] = {}
+    prepacked: dict[str, dict[str, Callable[[], Tensor]]] = {}
     packs = serves(device, dtype)
     for tokens, size in [*((t, SIZE) for t in TOKENS), (1, SMALL)]:
         generator = torch.Generator().manual_seed(0)
@@ -86,6 +88,9 @@ def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
         weight = torch.randn(size, size, generator=generator).to(dtype)
         at = f"{tokens}" if size == SIZE else "call"
         calls[f"linear {at}"] = lambda x=x, w=weight: F.linear(x, w)  # type: ignore[misc]
+        faster = prepacked_linear(x, weight, None)
+        if faster is not None:
+            prepacked[f"linear {at}"] = {f"{ORIGINAL}, prepacked": faster}
         if packs:
             panels = pack(weight)
             calls[f"packed {at}"] = lambda x=x, p=panels, n=size: packed_projection(  # type: ignore[misc]
@@ -96,7 +101,7 @@ def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
     seconds: dict[str, float] = {}
     with torch.no_grad():
         for name, call in calls.items():
-            (seconds[name],) = timer({ORIGINAL: call}, device).values()
+            seconds[name] = min(timer({ORIGINAL: call, **prepacked.get(name, {})}, device).values())
     rates = {"byte": seconds.pop("byte") / (2 * COPY)}
     for name, value in seconds.items():
         kind, at = name.split()
