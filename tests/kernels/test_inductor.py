@@ -117,7 +117,9 @@ def test_exported_programs_hold_aten() -> None:
 def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
     """The spelling is chosen for each piece: here one operator, one of each kind."""
     kinds: Iterator[Spelling] = iter(["operator", "aten"])
-    monkeypatch.setattr(backend, "_spelling", lambda options: lambda x, form, piece: next(kinds))
+    monkeypatch.setattr(
+        backend, "_spelling", lambda options, mode: lambda x, form, piece: next(kinds)
+    )
     model, x = layer(), inputs()
     assert_close(run(model, x), model, x)
     assert targets.count("bda_fx.basis_projection.default") == 1
@@ -131,7 +133,7 @@ def test_dense_in_the_same_basis(
     spelling: Spelling, monkeypatch: pytest.MonkeyPatch, targets: list[str]
 ) -> None:
     """One graph, in a range of tokens, between two, and beyond them."""
-    monkeypatch.setattr(backend, "_spelling", lambda options: lambda x, form, piece: spelling)
+    monkeypatch.setattr(backend, "_spelling", lambda options, mode: lambda x, form, piece: spelling)
     model = layer()
     compiled = torch.compile(model, backend="bda", options=OPTIONS, dynamic=True)
     for tokens in (2, 7, 10, 30):
@@ -419,3 +421,64 @@ def test_an_opaque_cache_keeps_its_basis(
     assert float((keys[0] - keys[1]).norm() / keys[0].norm()) <= FLOAT32_MODEL
     assert targets.count("bda_fx.packed_projection.default") == 2
     assert targets.count("output") == 2
+
+
+# -- CUDA, as far as it can be shown without ------------------------------------------------------
+
+
+def test_on_cuda_the_operator_is_offered_and_caches_are_keyed_by_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph is the same each time: found again, until a kernel's source changes."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.utils import fresh_cache
+
+    class Own(CustomGraphPass):
+        graphs = 0
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            Own.graphs += 1
+
+        def uuid(self) -> str:
+            return "the user's own"
+
+    offered: list[None] = []
+    monkeypatch.setattr(backend, "_on_cuda", lambda inputs: True)
+    cuda = backend.basis_projection_cuda
+    monkeypatch.setattr(cuda, "offer_to_inductor", lambda: offered.append(None))
+    options = {"inner_options": {"post_grad_custom_post_pass": Own()}}
+    kinds = []
+    with fresh_cache():
+        for key in ("one", "one", "two"):
+            torch._dynamo.reset()
+            counters.clear()
+            monkeypatch.setattr(backend, "kernel_source_key", lambda key=key: key)
+            run(layer(), inputs(), options=options)
+            kinds.append([kind for kind in ("hit", "miss", "bypass")
+                          if counters["inductor"]["fxgraph_cache_" + kind]])  # fmt: skip
+    assert kinds == [["miss"], ["hit"], ["miss"]]
+    assert Own.graphs == 2
+    assert len(offered) == 3
+
+
+def test_the_key_covers_every_source_of_the_kernels() -> None:
+    from bda_fx.kernels import source_key
+
+    directory = Path(source_key.__file__).parent
+    names = {path.name for path in directory.iterdir() if path.suffix in (".py", ".cpp")}
+    assert {"basis_projection.cpp", "basis_projection_triton.py", "roofline.py"} <= names
+    assert len(source_key.kernel_source_key()) == 32
+
+
+def test_on_cuda_aten_unless_max_autotune_weighs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.basis_projection_cuda, "serves", lambda device, dtype: True)
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, 8, device="cuda")
+    form: Any = None
+    options = bda_fx.Options()
+    assert backend._spelling(options, None)(x, form, 0) == "aten"
+    assert backend._spelling(options, "max-autotune")(x, form, 0) == "operator"
+    tuned = bda_fx.Options(inner_options={"max_autotune_gemm": True})
+    assert backend._spelling(tuned, None)(x, form, 0) == "operator"
+    assert backend._offer(options)(x) == ("operator", "aten")
