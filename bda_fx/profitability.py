@@ -41,6 +41,9 @@ from bda_fx.predict_projection import Predict
 
 GAIN = 1.02
 """How much faster a form has to be to replace the original: timings are no better than that."""
+CALL = 5e-7
+"""Seconds by which calls of a few microseconds differ from one process to the next, all alike: they
+are added to the form's."""
 TOKENS = (1, 16, 128, 1024)
 """Where forms are compared if the number of tokens is not fixed."""
 SECONDS = 4.0
@@ -222,10 +225,15 @@ def _speedups(
 ) -> Speedups:
     """At each number of tokens or, where they are fixed, of all nodes together."""
     if any_number or not counts:
-        return tuple((n, times[ORIGINAL] / times[name]) for n, times in seconds.items())
+        return tuple((n, speedup(times[ORIGINAL], times[name])) for n, times in seconds.items())
     uses = Counter(counts)
     before, after = (sum(seconds[n][which] * uses[n] for n in uses) for which in (ORIGINAL, name))
-    return ((sum(counts), before / after),)
+    return ((sum(counts), speedup(before, after)),)
+
+
+def speedup(original: float, form: float) -> float:
+    """What a form has to have of at least GAIN: seconds of the original over the form's."""
+    return original / (form + CALL)
 
 
 def _decide(

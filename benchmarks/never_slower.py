@@ -25,7 +25,7 @@ from bda_fx.kernels.packed_projection import serves
 from bda_fx.measure_projection import ORIGINAL, Candidate, Case, Measure, calls_of
 from bda_fx.passes.sites import Linear, Plan, Site, SitePlan
 from bda_fx.passes.transform_weights import forms_of
-from bda_fx.profitability import GAIN
+from bda_fx.profitability import GAIN, speedup
 
 GOAL = 0.98
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def measure(
     begin = time.perf_counter()
     decided = Measure(CPU)(case, tokens)
     took = time.perf_counter() - begin
-    found = decided[ORIGINAL] / decided["packed"]
+    found = speedup(decided[ORIGINAL], decided["packed"])
     cell = {
         "name": shape.name,
         "tokens": tokens,
