@@ -317,6 +317,7 @@ class Rates:
 
 def test_the_model_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Predict, "rates", Rates().rates)
+    monkeypatch.setattr(profitability, "CALL", 0.0)
     program, plan = program_of(Attention(), example())
     options = replace(OPTIONS, profitability="model")
     offer = lambda x: ("packed",)  # noqa: E731
