@@ -125,6 +125,7 @@ class Measure:
             originals = [s for name, s in seconds.items() if name.startswith(ORIGINAL)]
             seconds = {ORIGINAL: min(originals), **{name: seconds[name] for name in names}}
             self.cache.put(key, seconds)
+            seconds = self.cache.known[key]
         by_name = {c.name: seconds[n] for c, n in zip(case.candidates, names, strict=True)}
         return {ORIGINAL: seconds[ORIGINAL], **by_name}
 
@@ -166,7 +167,8 @@ def calls_of(case: Case, tokens: int) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
+        values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+        return values.to(case.device, case.dtype)
 
     linear = case.linear
     x = random(tokens, linear.in_features)
@@ -255,7 +257,8 @@ def _derived(
         if piece.basis is None:
             continue
         total = linear.out_features if form.heads else linear.in_features
-        permutation = torch.randperm(total, generator=torch.Generator().manual_seed(at))
+        generator = torch.Generator().manual_seed(at)
+        permutation = torch.randperm(total, generator=generator, device="cpu")
         rows, rest = (p.sort().values for p in permutation.split([piece.size, total - piece.size]))
         if form.heads:
             order = torch.cat([rows, rest]).argsort()

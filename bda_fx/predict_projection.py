@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +85,8 @@ def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
     packs = serves(device, dtype)
     for tokens, size in [*((t, SIZE) for t in TOKENS), (1, SMALL)]:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(tokens, size, generator=generator).to(dtype)
-        weight = torch.randn(size, size, generator=generator).to(dtype)
+        kind: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
+        x, weight = (torch.randn(n, size, **kind).to(dtype) for n in (tokens, size))
         at = f"{tokens}" if size == SIZE else "call"
         calls[f"linear {at}"] = lambda x=x, w=weight: F.linear(x, w)  # type: ignore[misc]
         faster = prepacked_linear(x, weight, None)
@@ -96,7 +97,8 @@ def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
             calls[f"packed {at}"] = lambda x=x, p=panels, n=size: packed_projection(  # type: ignore[misc]
                 x, p, None, None, 0, 0, [-1], n
             )
-    source, target = torch.zeros(COPY, dtype=torch.uint8), torch.empty(COPY, dtype=torch.uint8)
+    source = torch.zeros(COPY, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     calls["byte"] = lambda: target.copy_(source)
     seconds: dict[str, float] = {}
     with torch.no_grad():

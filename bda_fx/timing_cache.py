@@ -41,15 +41,19 @@ class TimingCache:
         return self.known.get(key)
 
     def put(self, key: str, seconds: dict[str, float]) -> None:
-        """Keep this, with what other processes have put there meanwhile."""
+        """Keep this, unless another process was first: so that all of them come to one choice."""
         from torch.utils._filelock import FileLock
 
         self.known[key] = seconds
+        names = set(seconds)
         beside = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(self.path.with_suffix(".lock"))):
-                self.known = {**self._read(), **self.known}
+                held = self._read()
+                if set(held.get(key, ())) != names:
+                    held[key] = seconds
+                self.known = {**self.known, **held}
                 beside.write_text(json.dumps({"format": FORMAT, "seconds": self.known}, indent=1))
                 os.replace(beside, self.path)
         except OSError as error:

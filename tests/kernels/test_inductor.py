@@ -242,12 +242,14 @@ import json, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder
-from tests.kernels.test_inductor import OPTIONS, inputs, layer
+from tests.kernels.test_inductor import OPTIONS, Wide, inputs, layer
 
 built, original = [], CppBuilder.build
 CppBuilder.build = lambda self: (built.append(self.get_target_file_path()), original(self))[1]
 with torch.no_grad():
     y = torch.compile(layer(), backend="bda", options=OPTIONS)(inputs())
+    measured = {**OPTIONS, "profitability": "measure"}
+    torch.compile(Wide(), backend="bda", options=measured, dynamic=True)(torch.ones(2, 60, 256))
 print(json.dumps({
     "kernels": sum(Path(path).parent.name == "bda_fx" for path in built),
     "sum": float(y.sum()),
@@ -278,8 +280,9 @@ def test_processes_share_what_is_compiled(tmp_path: Path) -> None:
     first, second = (result(process) for process in processes)
     assert first["kernels"] + second["kernels"] == 1
     assert len(list((tmp_path / "bda_fx").glob("*.so"))) == 1
+    assert len(list((tmp_path / "bda_fx").glob("timings-*.json"))) == 1
     third = result(start(SCRIPT, tmp_path))
-    assert third == {"kernels": 0, "sum": first["sum"], "hit": 1, "miss": 0, "bypass": 0}
+    assert third == {"kernels": 0, "sum": first["sum"], "hit": 2, "miss": 0, "bypass": 0}
 
 
 ALONE = """
@@ -392,6 +395,22 @@ def test_freezing_while_weighed() -> None:
     model, x = Wide(), torch.randn(2, 100, 256)
     options = {"profitability": "measure", "inner_options": {"freezing": True}}
     assert_close(run(model, x, options=options), model, x)
+
+
+@pytest.mark.parametrize("mode", ["measure", "model"])
+@pytest.mark.usefixtures("no_timings")
+def test_weighed_in_inference_mode_with_another_default_dtype(mode: str) -> None:
+    model, x = Wide(), torch.randn(2, 100, 256)
+    state = torch.get_rng_state()
+    options = {**OPTIONS, "profitability": mode}
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.inference_mode():
+            value = torch.compile(model, backend="bda", options=options)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(value, model, x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.usefixtures("no_timings")
