@@ -85,8 +85,8 @@ def _calibrate(dtype: torch.dtype, timer: Timer) -> dict[str, float]:
     packs = serves(device, dtype)
     for tokens, size in [*((t, SIZE) for t in TOKENS), (1, SMALL)]:
         generator = torch.Generator().manual_seed(0)
-        kind: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
-        x, weight = (torch.randn(n, size, **kind).to(dtype) for n in (tokens, size))
+        like: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
+        x, weight = (torch.randn(n, size, **like).to(dtype) for n in (tokens, size))
         at = f"{tokens}" if size == SIZE else "call"
         calls[f"linear {at}"] = lambda x=x, w=weight: F.linear(x, w)  # type: ignore[misc]
         faster = prepacked_linear(x, weight, None)
