@@ -19,12 +19,15 @@ from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights
+from bda_fx.kernels import basis_projection_cuda
 from bda_fx.kernels.packed_projection import serves
+from bda_fx.kernels.source_key import kernel_source_key
 from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
 from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
 from bda_fx.passes.transform_weights import Form, transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
+from bda_fx.profitability import Offer, offer_aten
 from bda_fx.report import report_of
 
 log = logging.getLogger("bda_fx")
@@ -46,7 +49,10 @@ def bda_backend(
         StepError: with ``strict=True``, when a step of the pipeline fails.
     """
     chosen = Options.of(options)
-    inner = _inner_compiler(chosen, mode)
+    on_cuda = chosen.inner == "inductor" and _on_cuda(example_inputs)
+    if on_cuda:
+        basis_projection_cuda.offer_to_inductor()
+    inner = _inner_compiler(chosen, mode, with_kernels=on_cuda)
     trainable = [x for x in example_inputs if isinstance(x, nn.Parameter) and x.requires_grad]
     if torch.is_grad_enabled() and trainable:
         _warn_once(
@@ -62,7 +68,13 @@ def bda_backend(
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
         inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
-        outcome = transform(program, chosen, fixed_rows=False, spelling=_spelling(chosen))
+        outcome = transform(
+            program,
+            chosen,
+            fixed_rows=False,
+            spelling=_spelling(chosen, mode),
+            offer=_offer(chosen),
+        )
         log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
@@ -190,28 +202,57 @@ class _Original:
         return {"options": dict(self.options.inner_options)} if takes_options else {}
 
 
-def _spelling(options: Options) -> ChooseSpelling:
-    """The operator where a kernel serves it and the inner compiler is Inductor; else plain ATen."""
+def _on_cuda(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
+
+
+def _spelling(options: Options, mode: str | None) -> ChooseSpelling:
+    """The operator where a kernel serves it and the inner compiler is Inductor; else plain ATen.
+
+    On CUDA, where the kernel may be slower, only if max-autotune will weigh it against ATen.
+    """
     if options.inner != "inductor":
         return always_aten
+    patches = _patches(options, mode)
 
     def choose(x: Tensor, form: Form, piece: int) -> Spelling:
+        if x.device.type == "cuda":
+            tuned = any(map(patches.get, ("max_autotune", "max_autotune_gemm")))
+            served = basis_projection_cuda.serves(x.device, x.dtype)
+            return "operator" if tuned and served else "aten"
         return "packed" if serves(x.device, x.dtype) else "aten"
 
     return choose
 
 
+def _offer(options: Options) -> Offer:
+    """The spellings that are weighed against each other and the original."""
+    if options.inner != "inductor":
+        return offer_aten
+
+    def offer(x: Tensor) -> Sequence[Spelling]:
+        if basis_projection_cuda.serves(x.device, x.dtype):
+            return "operator", "aten"
+        return ("packed", "aten") if serves(x.device, x.dtype) else ("aten",)
+
+    return offer
+
+
 def _inner_compiler(
-    options: Options, mode: str | None
+    options: Options, mode: str | None, *, with_kernels: bool = False
 ) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    """The compiler for the rewritten (or the original) graph."""
+    """The compiler for the rewritten (or the original) graph.
+
+    ``with_kernels``: Inductor's code may hold kernels of ours, so its caches are keyed by them too.
+    """
     if options.inner == "eager":
         return lambda module, _: module.forward
     if options.inner == "inductor":
-        from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        patches = _patches(options, mode)
+        if with_kernels:
+            patches |= _keyed_by_kernels(patches)
 
         def inductor(module: fx.GraphModule, inputs: list[Any]) -> Any:
             return compile_fx(module, inputs, config_patches=patches or None)
@@ -229,6 +270,31 @@ def _inner_compiler(
         settings = {"options": dict(options.inner_options)}
         return functools.partial(lookup_backend(options.inner), **settings)
     return lookup_backend(options.inner)
+
+
+def _patches(options: Options, mode: str | None) -> dict[str, Any]:
+    """What is asked of Inductor beyond its configuration."""
+    from torch._inductor import list_mode_options
+
+    return {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+
+
+def _keyed_by_kernels(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """A pass beside the user's own that does nothing, but is part of the key of Inductor's caches:
+    the code of a lowered operator changes with the kernels' sources, and nothing else says so."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+
+    class KernelSources(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> str:
+            return f"bda_fx kernels {kernel_source_key()}"
+
+    name = "post_grad_custom_post_pass"
+    given = get_custom_graph_passes(patches.get(name, getattr(config, name)))
+    return {name: (*given, KernelSources())}
 
 
 _warned: set[Any] = set()

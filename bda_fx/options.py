@@ -12,7 +12,7 @@ PRODUCTS = ("qk", "vo")
 SIDES = ("auto", "kv", "qo")
 CACHES = ("skip", "opaque")
 GRIDS = (None, "int8", "fp8")
-PROFITABILITIES = ("always",)
+PROFITABILITIES = ("always", "measure", "model")
 INNERS = ("inductor", "aot_eager", "eager", "torch_tensorrt")
 
 
@@ -48,7 +48,12 @@ class Options:
             scale per output channel: sizes and sides are then chosen so that each site's
             quantisation error stays within ``noise_budget`` of the original's, quantised alike
             ("auto" is 1.25). None plans for the dtype of the weights as they are.
-        profitability: whether to look at speed; so far "always" rewrites what is legal and quiet.
+        profitability: "always" rewrites what is legal and quiet, whatever it does to the speed.
+            "measure" times each distinct projection on this machine, at the example's number of
+            tokens or (where that is dynamic) at a few, and takes the fastest of original and
+            decomposed forms; timings are kept in a file. "model" predicts the same from a few rates
+            of the device. Both speak of the device and the threads of the process that compiles:
+            ``rewrite`` and the exporters, whose programs run elsewhere, weigh plain ATen ops here.
         inner: the compiler that the backend hands the rewritten graph to. "torch_tensorrt" needs
             that package.
         inner_options: its options; for "inductor" a config patch, for "torch_tensorrt" what

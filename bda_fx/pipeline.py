@@ -1,7 +1,8 @@
 """The pipeline, in one place: from a canonical program to a rewritten one, step by step.
 
-    canonicalize → normalize linears → find sites → find folds → plan sites → transform weights
-                 → rewrite graph → restore spellings → renew values → check graph
+    canonicalize → normalize linears → find sites → find folds → plan sites → choose forms
+                 → transform weights → rewrite graph → restore spellings → renew values
+                 → check graph
 
 Each step is one pass in ``bda_fx.passes``. A step that fails raises :class:`StepError`, which names
 it; the backend turns that into a fall-back, ``rewrite`` into an error.
@@ -33,6 +34,7 @@ from bda_fx.passes.renew_values import renew_values
 from bda_fx.passes.rewrite_graph import rewrite_graph
 from bda_fx.passes.sites import Plan
 from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.profitability import Offer, choose_forms, offer_aten, spelling_of
 
 REUSE = 0.8
 """Part of the budget's allowance that is spent where one graph will serve modules with other
@@ -94,6 +96,9 @@ def find_and_plan(
     options: Options,
     calibration: Sequence[Sequence[Any]] | None = None,
     headroom: float = 1.0,
+    *,
+    fixed_rows: bool = True,
+    offer: Offer = offer_aten,
 ) -> Plan:
     """The first half: find the sites of a canonical program and plan them.
 
@@ -125,8 +130,11 @@ def find_and_plan(
             optimize_for=options.optimize_for,
         )
         if shares is None:
-            return plan_sites(found, values, planning, folds)
-        return plan_sites(found, values, planning, folds, shares.of_sites, shares.observed)
+            plan = plan_sites(found, values, planning, folds)
+        else:
+            plan = plan_sites(found, values, planning, folds, shares.of_sites, shares.observed)
+    with step("choose forms"):
+        return choose_forms(program, plan, options, fixed_rows=fixed_rows, offer=offer)
 
 
 def transform(
@@ -136,13 +144,19 @@ def transform(
     fixed_rows: bool,
     calibration: Sequence[Sequence[Any]] | None = None,
     spelling: ChooseSpelling = always_aten,
+    offer: Offer = offer_aten,
 ) -> Outcome:
     """The whole pipeline on a canonical program, in place.
 
     ``fixed_rows`` makes the basis rows part of the graph (an exported program) instead of inputs.
-    ``spelling`` chooses between plain ATen, which every exporter knows, and the operator.
+    ``spelling`` chooses between plain ATen, which every exporter knows, and the operator; where
+    speed is weighed, that is between those of ``offer``.
     """
-    plan = find_and_plan(program, options, calibration, 1.0 if fixed_rows else REUSE)
+    headroom = 1.0 if fixed_rows else REUSE
+    plan = find_and_plan(
+        program, options, calibration, headroom, fixed_rows=fixed_rows, offer=offer
+    )
+    spelling = spelling_of(plan, spelling)
     roots = {}
     if options.kv_cache == "opaque":
         roots = {weight: extract_constants(program, [weight]).roots for weight in plan.linears}

@@ -39,7 +39,8 @@ class SiteReport:
     estimated part of the original's noise that comes from the site (in the output where it is
     largest; None where it was not estimated), ``condition`` the 2-norm condition of the worst
     head's change of basis. ``alternatives`` are the other sizes and sides that were weighed:
-    ``noise_ratio`` is what the whole program's would be with that one instead. Fields that do not
+    ``noise_ratio`` is what the whole program's would be with that one instead. ``speed`` tells the
+    form that was chosen by speed and how fast it was (``profitability``). Fields that do not
     apply are None.
     """
 
@@ -69,6 +70,7 @@ class SiteReport:
     source: str | None = None
     module: str | None = None
     remedy: str | None = None
+    speed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Report:
                     f"basis {s.basis_size} "
                     f"of {s.in_features}, noise {s.noise:.2f}"
                 )
+                lines += [f"      {s.speed}"] if s.speed else []
         return "\n".join(lines)
 
 
@@ -183,6 +186,7 @@ def _rewritten(plan: Plan, at: int, layout: Layout) -> SiteReport:
         noise=item.noise,
         noise_share=None if plan.alike else max(item.shares),
         alternatives=_alternatives(plan, at),
+        speed=item.weighed.explain() if item.weighed else None,
         **asdict(count_costs(layout, sizes_of(item))),
     )
 

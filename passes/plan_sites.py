@@ -150,6 +150,7 @@ def plan_sites(
         found.linears,
         spend.limit / planning.headroom,
         spend.alike,
+        found.places,
     )
 
 

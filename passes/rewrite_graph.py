@@ -26,6 +26,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,16 @@ from bda_fx.kernels.slot_pattern import period_of
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.derived_inputs import Computed, DerivedInputs, device_of
 from bda_fx.passes.emit_node import EMITTED, emit
-from bda_fx.passes.emit_projection import ChooseSpelling, always_aten, emit_projection
+from bda_fx.passes.emit_projection import (
+    ChooseSpelling,
+    Recipe,
+    Spelling,
+    always_aten,
+    emit_projection,
+    join_features,
+    join_weights,
+    weight_keys,
+)
 from bda_fx.passes.sites import Constant, Plan
 from bda_fx.passes.transform_weights import (
     Form,
@@ -92,6 +102,22 @@ def rewrite_graph(
     return Rewritten(rewriter.inputs, rewriter.constants, rewriter.made)
 
 
+def rewrite_linear(
+    graph: fx.Graph,
+    node: fx.Node,
+    form: Form,
+    plan: Plan,
+    derived: Mapping[str, Tensor],
+    *,
+    fixed_rows: bool,
+    spelling: ChooseSpelling,
+) -> Rewritten:
+    """The same for a single linear ``node``, which takes ``form``: to see what that costs."""
+    rewriter = _Rewriter(graph, derived, plan, fixed_rows, spelling)
+    rewriter.rewrite(node, form)
+    return Rewritten(rewriter.inputs, rewriter.constants, rewriter.made)
+
+
 class _Rewriter(DerivedInputs):
     def __init__(
         self,
@@ -115,25 +141,52 @@ class _Rewriter(DerivedInputs):
             if form.heads:
                 result = self.outputs(node, x, bias, form)
             else:
-                parts = [self.piece(node, x, bias, form, at) for at in range(len(form.pieces))]
-                result = self.assemble(node, parts, form)
+                spelled: list[Spelling] = [
+                    "aten" if piece.basis is None else self.spelling(x.meta["val"], form, at)
+                    for at, piece in enumerate(form.pieces)
+                ]
+                if "dense" in spelled:
+                    result = self.in_one(node, x, bias, form)
+                else:
+                    parts = [
+                        self.piece(node, x, bias, form, at, spelling)
+                        for at, spelling in enumerate(spelled)
+                    ]
+                    result = self.assemble(node, parts, form)
         node.replace_all_uses_with(result)
         result.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "spelled_as")})
         self.graph.erase_node(node)
 
-    def piece(self, node: fx.Node, x: Any, bias: Any, form: Form, at: int) -> fx.Node:
+    def in_one(self, node: fx.Node, x: Any, bias: Any, form: Form) -> fx.Node:
+        """All pieces as one linear of the original's shape, in the new basis."""
+        recipes: list[Recipe] = []
+        keys: list[str] = []
+        for at, piece in enumerate(form.pieces):
+            window = None if piece.basis is None else self.window(piece.basis, piece.size)
+            recipes.append(Recipe(piece.features, piece.size, piece.slots, window))
+            keys += weight_keys(form, at, window)
+        name = f"{form.linear.name}_in_one"
+        arguments = [self.computed(name, partial(join_weights, recipes), keys)]
+        if bias is not None:
+            parts = [bias_key(form, at, bias.name) for at in range(len(form.pieces))]
+            features = [piece.features for piece in form.pieces]
+            which = form.linear.biases.index(bias.name)
+            join = partial(join_features, features)
+            arguments.append(self.computed(f"{name}_bias{which or ''}", join, parts))
+        return emit(self.graph, aten.linear.default, x, *arguments, like=node)
+
+    def piece(
+        self, node: fx.Node, x: Any, bias: Any, form: Form, at: int, spelling: Spelling
+    ) -> fx.Node:
         piece = form.pieces[at]
         bias = None if bias is None else self.input(bias_key(form, at, bias.name))
         extra = [] if bias is None else [bias]
         if piece.basis is None:
             weight = self.input(weight_key(form, at))
             return emit(self.graph, aten.linear.default, x, weight, *extra, like=node)
-        spelling = self.spelling(x.meta["val"], form, at)
         if spelling != "aten":
             window, width = self.window(piece.basis, piece.size), period_of(piece.slots)
-            return emit_projection(
-                self, node, form, at, bias, window, width, packed=spelling == "packed"
-            )
+            return emit_projection(self, node, form, at, bias, window, width, spelling)
         basis, rest = self.gather(node, x, piece, form.linear.in_features)
         identity, groups, width = self.spread(node, basis, piece)
         if rest is None:

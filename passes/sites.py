@@ -46,6 +46,7 @@ class Reason(enum.Enum):
     NOT_REQUESTED = "left out by the options"
     NESTED = "inside a control-flow or other higher-order op"
     UNKNOWN_OP = "read by an op that is not known to be an attention"
+    NOT_PROFITABLE = "not faster than the original"
     UNPROVEN = "the graph could not be followed at a second set of sizes"
 
 
@@ -57,6 +58,7 @@ REMEDIES = {
     Reason.TOO_NOISY: "pass a larger noise_budget or a smaller basis_size",
     Reason.OUT_OF_RANGE: "rewrite in bfloat16, or the other side",
     Reason.NOT_REQUESTED: "change the option",
+    Reason.NOT_PROFITABLE: "pass profitability='always' to save its weights all the same",
     Reason.UNKNOWN_OP: "if it is an attention, bda_fx.register_attention says how to read it",
     Reason.DATA_DEPENDENT: "make the index a constant buffer, if it is one",
     Reason.NOT_FLOATING: "rewrite before quantising",
@@ -227,6 +229,31 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What was measured, or predicted, of a linear's form: the original's time over the form's.
+
+    ``spelling`` is that of ``emit_projection``; "by tokens" is decomposed within ``ranges``, the
+    first and the last number of tokens each, and dense elsewhere. "dense" is a form that is not
+    faster but has to stay in its basis. ``speedups`` are (tokens, ratio).
+    """
+
+    spelling: str
+    speedups: tuple[tuple[int, float], ...]
+    how: str
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def explain(self) -> str:
+        """For example "packed, 1.21 of the original's speed at 128 tokens, measured"."""
+        return f"{self.spelling}, {explain_speedups(self.speedups)}, {self.how}"
+
+
+def explain_speedups(speedups: Sequence[tuple[int, float]]) -> str:
+    """For example "0.93, 1.04 of the original's speed at 1, 16 tokens"."""
+    ratios = ", ".join(f"{ratio:.2f}" for _, ratio in speedups)
+    return f"{ratios} of the original's speed at {', '.join(str(n) for n, _ in speedups)} tokens"
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """What will be done at a site, and what it is predicted to cost.
 
@@ -253,6 +280,8 @@ class SitePlan:
     optimize_for: str | None = None
     correction: float = 1.0
     alternatives: tuple[Alternative, ...] = ()
+    weighed: Weighed | None = None
+    """What was found of the speed of its linear, where that was looked at."""
 
     def costs(self, noise: float) -> list[float]:
         """What ``noise`` at this site adds to the squared noise ratio of each output."""
@@ -290,6 +319,8 @@ class Plan:
     """What Σ share (noise² - 1) may come to, for each output."""
     alike: bool = False
     """Whether that holds for every site by itself, as shares are not known."""
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """As in :class:`Found`."""
 
     def noise_ratio(self, noises: Sequence[float] | None = None) -> float | None:
         """Predicted noise of the noisiest output over the original's, with these at the sites.

@@ -23,6 +23,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
@@ -634,6 +635,59 @@ at::Tensor project_without_gradient(
   return below.call(x, packed, order, bias, start, size, slots, out_features);
 }
 
+// One of two forms of the same projection, by the number of tokens: ``ranges`` are pairs of the first
+// and the last number for which it is decomposed.
+at::Tensor project_by_tokens(
+    const at::Tensor& x,
+    const at::Tensor& packed,
+    const std::optional<at::Tensor>& order,
+    const std::optional<at::Tensor>& bias,
+    int64_t start,
+    int64_t size,
+    at::IntArrayRef slots,
+    int64_t out_features,
+    const at::Tensor& dense,
+    at::IntArrayRef ranges) {
+  TORCH_CHECK(x.dim() > 0 && x.device().is_cpu(), "basis_projection: x has no features on the CPU");
+  TORCH_CHECK(ranges.size() % 2 == 0, "basis_projection: ranges are not in pairs");
+  TORCH_CHECK(
+      dense.dim() == 2 && dense.size(0) == out_features && dense.size(1) == x.size(-1),
+      "basis_projection: the dense weight is ", dense.sizes(), ", expected ", out_features, " x ",
+      x.size(-1));
+  int64_t tokens = 1;
+  for (const int64_t count : x.sizes().slice(0, x.dim() - 1)) tokens *= count;
+  for (size_t i = 0; i < ranges.size(); i += 2) {
+    if (ranges[i] <= tokens && tokens <= ranges[i + 1]) {
+      return project(x, packed, order, bias, start, size, slots, out_features);
+    }
+  }
+  return at::linear(x, dense, bias).contiguous();
+}
+
+at::Tensor project_by_tokens_without_gradient(
+    const at::Tensor& x,
+    const at::Tensor& packed,
+    const std::optional<at::Tensor>& order,
+    const std::optional<at::Tensor>& bias,
+    c10::SymInt start,
+    c10::SymInt size,
+    at::IntArrayRef slots,
+    c10::SymInt out_features,
+    const at::Tensor& dense,
+    at::IntArrayRef ranges) {
+  const bool wanted = x.requires_grad() || packed.requires_grad() || dense.requires_grad() ||
+      (bias && bias->requires_grad());
+  TORCH_CHECK(
+      !(wanted && at::GradMode::is_enabled()),
+      "bda_fx: packed_projection_by_tokens has no gradient; basis_projection has one");
+  static const auto below = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("bda_fx::packed_projection_by_tokens", "")
+                                .typed<decltype(project_by_tokens_without_gradient)>();
+  const at::AutoDispatchBelowAutograd guard;
+  return below.call(
+      x, packed, order, bias, start, size, slots, out_features, dense, ranges);
+}
+
 // Whether coefficients of a type are packed as they are, in pairs; else they are in float32.
 bool packs_in_pairs(at::ScalarType type) {
   return (type == at::kBFloat16 && has_brgemm<at::BFloat16>()) ||
@@ -648,8 +702,10 @@ TORCH_LIBRARY_FRAGMENT(bda_fx, m) {
 
 TORCH_LIBRARY_IMPL(bda_fx, Autograd, m) {
   m.impl("packed_projection", project_without_gradient);
+  m.impl("packed_projection_by_tokens", project_by_tokens_without_gradient);
 }
 
 TORCH_LIBRARY_IMPL(bda_fx, CPU, m) {
   m.impl("packed_projection", project);
+  m.impl("packed_projection_by_tokens", project_by_tokens);
 }

@@ -74,6 +74,29 @@ def project_in_aten(
     return (y + identity).flatten(-2)
 
 
+def dense_weight(
+    coefficients: Tensor,
+    order: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+) -> Tensor:
+    """W' [F, E] with ``basis_projection(x, C, order, b, …) = linear(x, W', b)``.
+
+    C in the columns of the other features, a one where an output takes a basis feature.
+
+    For numbers of tokens at which a plain product is faster, in the same basis.
+    """
+    out_features = coefficients.shape[0]
+    columns = torch.tensor(slots, device=coefficients.device).repeat(out_features // len(slots))
+    identity = coefficients.new_zeros(out_features, size)
+    taken = (columns >= 0).nonzero().flatten()
+    identity[taken, columns[taken]] = 1
+    if order is None:
+        return torch.cat([coefficients[:, :start], identity, coefficients[:, start:]], 1)
+    return torch.cat([identity, coefficients], 1).index_select(1, order.argsort())
+
+
 def split_features(x: Tensor, order: Tensor | None, start: int, size: int) -> tuple[Tensor, Tensor]:
     """x_B [*, r] and x_R [*, E - r]."""
     if order is not None:

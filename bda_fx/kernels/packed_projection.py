@@ -11,6 +11,13 @@ Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64
 pairs of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
 multiply are packed in float32, which multiplies them exactly.
 
+    packed_projection_by_tokens(…, dense, ranges)
+        = packed_projection(…)          where ranges = [first, last, first, last, …] hold the tokens
+        = linear(x, dense, bias)        elsewhere
+
+computes the same in one of two forms, chosen at each call by the number of tokens: ``dense``
+[F, E] is ``dense_weight(C, …)``, the projection in the same basis as one plain product.
+
 Inference only: it refuses inputs that require a gradient. Without the compiled kernel it unpacks
 and decomposes.
 """
@@ -40,6 +47,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 library.define(
     "packed_projection(Tensor x, Tensor packed, Tensor? order, Tensor? bias, SymInt start, "
     "SymInt size, int[] slots, SymInt out_features) -> Tensor",
+    tags=TAGS,
+)
+
+
+library.define(
+    "packed_projection_by_tokens(Tensor x, Tensor packed, Tensor? order, Tensor? bias, "
+    "SymInt start, SymInt size, int[] slots, SymInt out_features, Tensor dense, "
+    "int[] ranges) -> Tensor",
     tags=TAGS,
 )
 
@@ -102,6 +117,56 @@ def _fake(
     check_basis(x, out_features, inner, order, bias, start, size, slots)
     return x.new_empty((*x.shape[:-1], out_features))
 
+
+def _project_by_tokens(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+    out_features: int,
+    dense: Tensor,
+    ranges: Sequence[int],
+) -> Tensor:
+    tokens = x.shape[:-1].numel()
+    if any(first <= tokens <= last for first, last in zip(ranges[::2], ranges[1::2], strict=True)):
+        return _project_unpacked(x, packed, order, bias, start, size, slots, out_features)
+    return F.linear(x, dense, bias).contiguous()
+
+
+library.impl("packed_projection_by_tokens", _project_by_tokens, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bda_fx::packed_projection_by_tokens", lib=library)
+def _fake_by_tokens(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    slots: Sequence[int],
+    out_features: int,
+    dense: Tensor,
+    ranges: Sequence[int],
+) -> Tensor:
+    if dense.shape != (out_features, x.shape[-1]) or dense.dtype != x.dtype:
+        raise ValueError(
+            f"packed_projection_by_tokens: dense is {dense.dtype} {list(dense.shape)}, expected "
+            f"{x.dtype} {[out_features, x.shape[-1]]}"
+        )
+    if len(ranges) % 2:
+        raise ValueError(
+            f"packed_projection_by_tokens: ranges {list(ranges)}: expected pairs of the first and "
+            "the last number of tokens"
+        )
+    return _fake(x, packed, order, bias, start, size, slots, out_features)
+
+
+packed_projection_by_tokens = torch.ops.bda_fx.packed_projection_by_tokens
+"""The operator that chooses its form by the number of tokens."""
 
 packed_projection = torch.ops.bda_fx.packed_projection
 """The operator itself."""

@@ -543,7 +543,7 @@ def test_failure_after_the_graph_is_changed_leaves_the_original_whole(
     """The inner compiler fails on the rewritten graph alone: the original still compiles."""
     seen = []
 
-    def picky(options: Any, mode: Any) -> Callable[..., Any]:
+    def picky(options: Any, mode: Any, **_: Any) -> Callable[..., Any]:
         def inner(module: Any, inputs: list[Any]) -> Any:
             seen.append(len(inputs))
             return fail() if len(seen) == 1 else module.forward

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 import bda_fx
 import bda_fx.backend as backend
-from bda_fx.passes.emit_projection import Spelling
+from bda_fx.assemble_program import assemble_program
+from bda_fx.passes.canonicalize import canonicalize_module
+from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
+from bda_fx.pipeline import transform
+from tests import programs
 from tests.integration.test_backend import Attention, example
+from tests.programs import FusedAttention
 from tests.tolerances import FLOAT32_MODEL, STALE
 
 OPTIONS = {"basis_size": "full", "strict": True}
@@ -112,11 +117,51 @@ def test_exported_programs_hold_aten() -> None:
 def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
     """The spelling is chosen for each piece: here one operator, one of each kind."""
     kinds: Iterator[Spelling] = iter(["operator", "aten"])
-    monkeypatch.setattr(backend, "_spelling", lambda options: lambda x, form, piece: next(kinds))
+    monkeypatch.setattr(
+        backend, "_spelling", lambda options, mode: lambda x, form, piece: next(kinds)
+    )
     model, x = layer(), inputs()
     assert_close(run(model, x), model, x)
     assert targets.count("bda_fx.basis_projection.default") == 1
     assert targets.count("aten.index_select.default") == 2
+
+
+@pytest.mark.parametrize(
+    "spelling", ["dense", ByTokens(((1, 9), (40, 50)))], ids=["dense", "tokens"]
+)
+def test_dense_in_the_same_basis(
+    spelling: Spelling, monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    """One graph, in a range of tokens, between two, and beyond them."""
+    monkeypatch.setattr(backend, "_spelling", lambda options, mode: lambda x, form, piece: spelling)
+    model = layer()
+    compiled = torch.compile(model, backend="bda", options=OPTIONS, dynamic=True)
+    for tokens in (2, 7, 10, 30):
+        x = inputs(4, tokens)
+        with torch.no_grad():
+            assert_close(compiled(x), model, x)
+    assert targets.count("output") == 1
+    assert not [name for name in targets if "index_select" in name]
+    operator = "bda_fx.packed_projection_by_tokens.default"
+    assert targets.count(operator) == (0 if spelling == "dense" else 2)
+
+
+@pytest.mark.parametrize("basis", ["pivot", "window"])
+def test_dense_joins_the_pieces_of_a_fused_weight(
+    basis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several bases, features that are not decomposed, biases: one linear as before."""
+    spelled: ChooseSpelling = lambda x, form, piece: "dense"  # noqa: E731
+    model, x = FusedAttention().float(), programs.example().float()
+    canonical = canonicalize_module(model, (x,))
+    count = sum("linear" in str(node.target) for node in canonical.graph.nodes)
+    chosen = bda_fx.Options(basis=basis, basis_size=0.8)
+    outcome = transform(canonical, chosen, fixed_rows=True, spelling=spelled)
+    assert len(outcome.plan.sites) == 2
+    program = assemble_program(outcome)
+    assert sum("linear" in str(node.target) for node in program.graph.nodes) == count
+    assert not [n for n in program.graph.nodes if "index_select" in str(n.target)]
+    assert_close(program.module()(x), model, x)
 
 
 def test_one_graph_serves_every_size_and_layer(targets: list[str]) -> None:
@@ -197,12 +242,14 @@ import json, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder
-from tests.kernels.test_inductor import OPTIONS, inputs, layer
+from tests.kernels.test_inductor import OPTIONS, Wide, inputs, layer
 
 built, original = [], CppBuilder.build
 CppBuilder.build = lambda self: (built.append(self.get_target_file_path()), original(self))[1]
 with torch.no_grad():
     y = torch.compile(layer(), backend="bda", options=OPTIONS)(inputs())
+    measured = {**OPTIONS, "profitability": "measure"}
+    torch.compile(Wide(), backend="bda", options=measured, dynamic=True)(torch.ones(2, 60, 256))
 print(json.dumps({
     "kernels": sum(Path(path).parent.name == "bda_fx" for path in built),
     "sum": float(y.sum()),
@@ -233,8 +280,9 @@ def test_processes_share_what_is_compiled(tmp_path: Path) -> None:
     first, second = (result(process) for process in processes)
     assert first["kernels"] + second["kernels"] == 1
     assert len(list((tmp_path / "bda_fx").glob("*.so"))) == 1
+    assert len(list((tmp_path / "bda_fx").glob("timings-*.json"))) == 1
     third = result(start(SCRIPT, tmp_path))
-    assert third == {"kernels": 0, "sum": first["sum"], "hit": 1, "miss": 0, "bypass": 0}
+    assert third == {"kernels": 0, "sum": first["sum"], "hit": 2, "miss": 0, "bypass": 0}
 
 
 ALONE = """
@@ -255,3 +303,201 @@ def test_without_a_compiler_aten_serves_and_says_so_once(tmp_path: Path) -> None
     (warning,) = got["warnings"]
     assert "plain ATen ops" in warning
     assert "name it in CXX" in warning
+
+
+# -- profitability --------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Keys and values of 4 × 64 out of 256 features: a quarter is saved."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.q, self.k, self.v, self.o = (nn.Linear(256, 256) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, 64)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.o(heads.transpose(1, 2).flatten(2))
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, faster: Any) -> list[int]:
+    """A timer that calls every form once; ``faster(tokens)`` tells whether the kernel is."""
+    seen: list[int] = []
+
+    def timer(calls: Any, device: torch.device) -> dict[str, float]:
+        shapes = {name: call().shape for name, call in calls.items()}
+        assert len(set(shapes.values())) == 1
+        tokens = shapes["0"][0]
+        seen.append(tokens)
+        speedup = 2.0 if faster(tokens) else 0.5
+        return {name: 1 / speedup if name == "0" else 1.0 for name in calls}
+
+    monkeypatch.setattr("bda_fx.measure_projection.time_calls", timer)
+    return seen
+
+
+@pytest.fixture
+def no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered of other runs, and nothing is kept."""
+    monkeypatch.setattr("bda_fx.timing_cache.TimingCache._read", lambda self: {})
+    keep = lambda self, key, seconds: self.known.update({key: seconds})  # noqa: E731
+    monkeypatch.setattr("bda_fx.timing_cache.TimingCache.put", keep)
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_one_graph_has_two_forms_and_chooses_by_tokens(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    seen = timed(monkeypatch, lambda tokens: tokens == 16)
+    model = Wide()
+    options = {**OPTIONS, "profitability": "measure"}
+    compiled = torch.compile(model, backend="bda", options=options, dynamic=True)
+    for batch, tokens in ((2, 4), (4, 4), (2, 300)):
+        x = torch.randn(batch, tokens, 256)
+        with torch.no_grad():
+            assert_close(compiled(x), model, x)
+    assert targets.count("output") == 1
+    assert targets.count("bda_fx.packed_projection_by_tokens.default") == 2
+    assert sorted(seen) == [1, 16, 128, 1024]
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_what_does_not_pay_is_the_original(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    timed(monkeypatch, lambda tokens: False)
+    model, x = Wide(), torch.randn(2, 8, 256)
+    with torch.no_grad():
+        plain = torch.compile(model)(x)
+    value = run(model, x, options={"profitability": "measure"})
+    assert torch.equal(value, plain)
+    assert not [name for name in targets if name.startswith("bda_fx")]
+
+
+@pytest.mark.parametrize("mode", ["measure", "model"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighed_for_real(mode: str, dynamic: bool, dtype: torch.dtype) -> None:
+    """Whatever this machine finds: the outputs are right, in bounded time."""
+    model = nn.Sequential(*map(Wide, range(3)))
+    x = torch.randn(2, 100, 256)
+    with torch.no_grad():
+        truth = model(x)
+        own = float((model.to(dtype)(x.to(dtype)).float() - truth).norm())
+        value = run(model, x.to(dtype), options={"profitability": mode}, dynamic=dynamic).float()
+    assert value.shape == truth.shape
+    assert float((value - truth).norm()) <= max(2 * own, FLOAT32_MODEL * float(truth.norm()))
+
+
+def test_freezing_while_weighed() -> None:
+    model, x = Wide(), torch.randn(2, 100, 256)
+    options = {"profitability": "measure", "inner_options": {"freezing": True}}
+    assert_close(run(model, x, options=options), model, x)
+
+
+@pytest.mark.parametrize("mode", ["measure", "model"])
+@pytest.mark.usefixtures("no_timings")
+def test_weighed_in_inference_mode_with_another_default_dtype(mode: str) -> None:
+    model, x = Wide(), torch.randn(2, 100, 256)
+    state = torch.get_rng_state()
+    options = {**OPTIONS, "profitability": mode}
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.inference_mode():
+            value = torch.compile(model, backend="bda", options=options)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(value, model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("no_timings")
+def test_an_opaque_cache_keeps_its_basis(
+    monkeypatch: pytest.MonkeyPatch, targets: list[str]
+) -> None:
+    """Prefill is decomposed and decode is not, and both put the same into the cache."""
+    timed(monkeypatch, lambda tokens: tokens > 10)
+    model = Wide()
+    keys: list[Tensor] = []
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(x).unflatten(-1, (4, 64)).transpose(1, 2) for p in (model.q, model.k, model.v))
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return model.o(heads.transpose(1, 2).flatten(2)), k, v
+
+    options = {**OPTIONS, "profitability": "measure", "kv_cache": "opaque"}
+    compiled = torch.compile(forward, backend="bda", options=options, dynamic=False)
+    x = torch.randn(1, 20, 256)
+    with torch.no_grad():
+        for part in (x, x[:, :3]):
+            y, k, _ = compiled(part)
+            truth, own, _ = forward(part)
+            assert float((y - truth).norm() / truth.norm()) <= FLOAT32_MODEL
+            assert float((k - own).norm() / own.norm()) > STALE  # another basis than the model's
+            keys.append(k[:, :, :3])
+    assert float((keys[0] - keys[1]).norm() / keys[0].norm()) <= FLOAT32_MODEL
+    assert targets.count("bda_fx.packed_projection.default") == 2
+    assert targets.count("output") == 2
+
+
+# -- CUDA, as far as it can be shown without ------------------------------------------------------
+
+
+def test_on_cuda_the_operator_is_offered_and_caches_are_keyed_by_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph is the same each time: found again, until a kernel's source changes."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.utils import fresh_cache
+
+    class Own(CustomGraphPass):
+        graphs = 0
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            Own.graphs += 1
+
+        def uuid(self) -> str:
+            return "the user's own"
+
+    offered: list[None] = []
+    monkeypatch.setattr(backend, "_on_cuda", lambda inputs: True)
+    cuda = backend.basis_projection_cuda
+    monkeypatch.setattr(cuda, "offer_to_inductor", lambda: offered.append(None))
+    options = {"inner_options": {"post_grad_custom_post_pass": Own()}}
+    kinds = []
+    with fresh_cache():
+        for key in ("one", "one", "two"):
+            torch._dynamo.reset()
+            counters.clear()
+            monkeypatch.setattr(backend, "kernel_source_key", lambda key=key: key)
+            run(layer(), inputs(), options=options)
+            kinds.append([kind for kind in ("hit", "miss", "bypass")
+                          if counters["inductor"]["fxgraph_cache_" + kind]])  # fmt: skip
+    assert kinds == [["miss"], ["hit"], ["miss"]]
+    assert Own.graphs == 2
+    assert len(offered) == 3
+
+
+def test_the_key_covers_every_source_of_the_kernels() -> None:
+    from bda_fx.kernels import source_key
+
+    directory = Path(source_key.__file__).parent
+    names = {path.name for path in directory.iterdir() if path.suffix in (".py", ".cpp")}
+    assert {"basis_projection.cpp", "basis_projection_triton.py", "roofline.py"} <= names
+    assert len(source_key.kernel_source_key()) == 32
+
+
+def test_on_cuda_aten_unless_max_autotune_weighs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.basis_projection_cuda, "serves", lambda device, dtype: True)
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, 8, device="cuda")
+    form: Any = None
+    options = bda_fx.Options()
+    assert backend._spelling(options, None)(x, form, 0) == "aten"
+    assert backend._spelling(options, "max-autotune")(x, form, 0) == "operator"
+    tuned = bda_fx.Options(inner_options={"max_autotune_gemm": True})
+    assert backend._spelling(tuned, None)(x, form, 0) == "operator"
+    assert backend._offer(options)(x) == ("operator", "aten")

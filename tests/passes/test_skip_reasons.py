@@ -291,7 +291,7 @@ def test_a_chained_skip_names_the_linear_that_is_in_another_site() -> None:
 
 
 def test_every_reason_has_a_case() -> None:
-    assert set(CASES) | {Reason.UNPROVEN} == set(Reason)
+    assert set(CASES) | {Reason.UNPROVEN, Reason.NOT_PROFITABLE} == set(Reason)
 
 
 def test_a_skip_names_the_node_and_the_source() -> None:

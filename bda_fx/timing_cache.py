@@ -1,0 +1,109 @@
+"""Timings that outlive a process, one JSON file for each device, thread count and version.
+
+    TORCHINDUCTOR_CACHE_DIR / bda_fx / timings-KEY.json
+
+KEY is a hash of what a time depends on besides the shape: the device and what it can do, threads,
+the versions of torch and bda_fx, the kernels' sources. Processes share the file: it is
+merged under a lock and replaced in one step. A file that cannot be read or written is as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bda_fx.kernels.source_key import kernel_source_key
+
+log = logging.getLogger("bda_fx")
+FORMAT = 1
+
+
+class TimingCache:
+    """Seconds by name, under keys that describe a shape."""
+
+    def __init__(self, device: torch.device) -> None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        key = hashlib.sha256(repr(_circumstances(device)).encode()).hexdigest()[:32]
+        self.path = Path(cache_dir()) / "bda_fx" / f"timings-{key}.json"
+        self.known = self._read()
+
+    def get(self, key: str) -> dict[str, float] | None:
+        return self.known.get(key)
+
+    def put(self, key: str, seconds: dict[str, float]) -> None:
+        """Keep this, unless another process was first: so that all of them come to one choice."""
+        from torch.utils._filelock import FileLock
+
+        self.known[key] = seconds
+        names = set(seconds)
+        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(str(self.path.with_suffix(".lock"))):
+                held = self._read()
+                if set(held.get(key, ())) != names:
+                    held[key] = seconds
+                self.known = {**self.known, **held}
+                beside.write_text(json.dumps({"format": FORMAT, "seconds": self.known}, indent=1))
+                os.replace(beside, self.path)
+        except OSError as error:
+            log.debug("bda_fx: timings are not kept: %s", error)
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            held: Any = json.loads(self.path.read_text())
+            if held["format"] != FORMAT:
+                return {}
+            return {str(key): _checked(times) for key, times in held["seconds"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            log.debug("bda_fx: %s is ignored: %r", self.path, error)
+            return {}
+
+
+def _checked(times: Any) -> dict[str, float]:
+    checked = {str(name): float(seconds) for name, seconds in times.items()}
+    if not checked or not all(math.isfinite(t) and t > 0 for t in checked.values()):
+        raise ValueError(f"no times: {times}")
+    return checked
+
+
+def _circumstances(device: torch.device) -> tuple[object, ...]:
+    try:
+        own = version("bda-fx")
+    except PackageNotFoundError:
+        own = ""
+    if device.type == "cuda":
+        name: object = torch.cuda.get_device_properties(device)
+    else:
+        capabilities = sorted(torch.cpu.get_capabilities().items())
+        name = (platform.machine(), _processor(), repr(capabilities), os.cpu_count())
+    return (
+        FORMAT,
+        device.type,
+        str(name),
+        torch.get_num_threads(),
+        torch.backends.mkldnn.enabled if hasattr(torch.backends.mkldnn, "enabled") else None,
+        torch.__version__,
+        own,
+        kernel_source_key(),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
