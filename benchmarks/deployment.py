@@ -200,7 +200,8 @@ def row(name: str, dtype: str, record: dict[str, Any]) -> list[str]:
 
 
 COLUMNS = ["model", "dtype", "sites", "report saves", "ONNX saves", "engine weights save",
-           "predicted noise", "noise in ONNX Runtime", "plans", "speedup in ONNX Runtime"]  # fmt: skip
+           "predicted noise", "noise in ONNX Runtime", "plans",
+           "speedup in ONNX Runtime"]  # fmt: skip
 
 
 def main() -> None:
