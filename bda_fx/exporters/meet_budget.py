@@ -27,7 +27,7 @@ from bda_fx.fidelity_report import Fidelity
 from bda_fx.generate_inputs import Inputs
 from bda_fx.passes.plan_sites import CHANCE
 
-PLANS = 4
+PLANS = 6
 """Most plans, with the first one and the one for no excess."""
 
 SAME_MODEL = 4.0
