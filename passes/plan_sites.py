@@ -78,13 +78,16 @@ class Planning:
         """Whether the budget decides; an explicit size is taken whatever it costs."""
         return self.basis_size == "auto"
 
+    def budget(self, dtypes: Sequence[torch.dtype]) -> float:
+        """How noisy a model whose sites have these dtypes may become."""
+        if self.noise_budget != "auto":
+            return float(self.noise_budget)
+        wide = self.optimize_for is not None or any(map(keeps_sums_wide, dtypes))
+        return BUDGET if wide else BUDGET_OF_LONG_SUMS
+
     def allowance(self, dtypes: Sequence[torch.dtype]) -> float:
         """What Σ share (noise² - 1) may come to in a model whose sites have these dtypes."""
-        wide = self.optimize_for is not None or any(map(keeps_sums_wide, dtypes))
-        budget = BUDGET if wide else BUDGET_OF_LONG_SUMS
-        if self.noise_budget != "auto":
-            budget = float(self.noise_budget)
-        return max((budget / CHANCE) ** 2 - 1, 0.0)
+        return max((self.budget(dtypes) / CHANCE) ** 2 - 1, 0.0)
 
     @property
     def usual_share(self) -> float:

@@ -99,6 +99,15 @@ ProofBudget = Annotated[
     float,
     typer.Option(min=1.0, help="Largest error that passes, × the original's own against float64."),
 ]
+ExportBudget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        min=1.0,
+        help="Largest error in the runtime that passes, × the original's own "
+        "[default: the noise budget; bases shrink until it holds].",
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -239,7 +248,7 @@ def export(
     calibration: Calibration = None,
     inputs: InputFile = None,
     weights: Weights = None,
-    budget: ProofBudget = 4.0,
+    budget: ExportBudget = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -268,7 +277,7 @@ def export(
             no_memory_check=no_memory_check,
         )  # fmt: skip
         options = _options(noise_budget, kv_cache, side)
-        arguments: dict[str, Any] = {"budget": budget}
+        arguments: dict[str, Any] = {} if budget is None else {"budget": budget}
         if to is not Target.tensorrt:
             arguments["measure"] = measure
         if opset is not None:

@@ -6,7 +6,7 @@
     export_aoti.py
 
 They share ``rewrite_pair`` (original and rewritten program), ``prove`` (noise of both in one
-runtime), ``time_pairs`` (interleaved timing), ``place_output`` (all files or none) and ``exported``
-(what is returned, and written beside the artefact). Heavy packages are imported where they are
-used.
+runtime), ``meet_budget`` (smaller bases until the proof holds), ``time_pairs`` (interleaved
+timing), ``place_output`` (all files or none) and ``exported`` (what is returned, and written beside
+the artefact). Heavy packages are imported where they are used.
 """

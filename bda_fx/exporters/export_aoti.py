@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from bda_fx.assemble_program import constant_bytes
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
+from bda_fx.exporters.meet_budget import meet_budget
 from bda_fx.exporters.place_output import place_output, require_space
 from bda_fx.exporters.prove import Run, prove
 from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
@@ -38,7 +39,7 @@ def export_aoti(
     overwrite: bool = False,
     check: bool = True,
     inputs: Sequence[Inputs] | None = None,
-    budget: float = 4.0,
+    budget: float | None = None,
     measure: bool = True,
     calibration: Sequence[Inputs] | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
@@ -72,25 +73,29 @@ def export_aoti(
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
         require_space(staging.destination.parent, 2 * (pair.report.bytes_before or 0))
         settings = dict(inductor_configs or {})
-        compile_package(pair.rewritten, staging.path, settings)
         original: Path | None = None
         if measure:
             original = staging.scratch / "original.pt2"
             compile_package(pair.original, original, settings)
         fidelity: Fidelity | None = None
+        proof: dict[str, Any] = {}
         timings: tuple[Timing, ...] = ()
-        if check or measure:
+        batches, made = pair.inputs(inputs) if check or measure else ([], False)
+        if check:
+            before = _runner(original, pair)
+
+            def attempt(pair: Pair, limit: float) -> Fidelity:
+                staging.path.unlink(missing_ok=True)
+                compile_package(pair.rewritten, staging.path, settings)
+                after = package_runner(staging.path, pair.original)
+                return prove(pair.original, before, after, batches, made=made, budget=limit)
+
+            pair, fidelity, proof["proof"] = meet_budget(pair, attempt, budget, calibration)
+        else:
+            compile_package(pair.rewritten, staging.path, settings)
+        if measure:
             after = package_runner(staging.path, pair.original)
-            before = (
-                eager_runner(pair.original)
-                if original is None
-                else package_runner(original, pair.original)
-            )
-            batches, made = pair.inputs(inputs)
-            if check:
-                fidelity = prove(pair.original, before, after, batches, made=made, budget=budget)
-            if measure:
-                timings = _time(before, after, batches[:2])
+            timings = _time(_runner(original, pair), after, batches[:2])
         if command is None:
             command = call_of("export_aoti", staging.destination.name, pair.options, budget=budget)
         files = staging.files()
@@ -109,7 +114,8 @@ def export_aoti(
             file_bytes=sum((staging.directory / file.name).stat().st_size for file in files),
             timings=timings,
             identity=identify_model(pair.original, pair.options, command),
-            details={
+            details=proof
+            | {
                 "package_bytes": package_bytes,
                 "device": device_of(pair.original),
                 "yardstick": "the original compiled alike" if measure else "the original in eager",
@@ -148,6 +154,12 @@ def package_runner(path: Path, program: ExportedProgram) -> Run:
             return _tensors(loaded(*args, **kwargs))
 
     return run
+
+
+def _runner(original: Path | None, pair: Pair) -> Run:
+    if original is None:
+        return eager_runner(pair.original)
+    return package_runner(original, pair.original)
 
 
 def eager_runner(program: ExportedProgram) -> Run:

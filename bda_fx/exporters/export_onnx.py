@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
-from bda_fx.exporters.place_output import Staging, place_output, require_space
+from bda_fx.exporters.meet_budget import meet_budget
+from bda_fx.exporters.place_output import place_output, require_space
 from bda_fx.exporters.prove import prove
 from bda_fx.exporters.rewrite_pair import Pair, require, rewrite_pair
 from bda_fx.exporters.time_pairs import time_pairs
@@ -24,6 +25,8 @@ from bda_fx.options import Options
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from bda_fx.exporters.run_onnx import Session
 
 EXTERNAL_FROM = 2**31 - 2**26
 """Bytes of weights from which on they go into a file of their own: protobuf ends at 2 GiB, and the
@@ -42,7 +45,7 @@ def export_onnx(
     overwrite: bool = False,
     check: bool = True,
     inputs: Sequence[Inputs] | None = None,
-    budget: float = 4.0,
+    budget: float | None = None,
     measure: bool = True,
     keep_slower: bool | None = None,
     calibration: Sequence[Inputs] | None = None,
@@ -68,7 +71,9 @@ def export_onnx(
             there with the original (``prove``).
         inputs: what to compare on, each (args, kwargs). By default the example and inputs made
             from the signature, with open axes drawn from their ranges.
-        budget: largest noise ratio that passes.
+        budget: largest noise ratio that passes; by default the ``noise_budget`` of the options.
+            Where the first plan does not hold it in ONNX Runtime, smaller bases are planned
+            (``meet_budget``); a basis size that the options fix stays, and has to be within 4.0.
         measure: time original and rewritten model in ONNX Runtime.
         keep_slower: whether a site that is slower in its new form is rewritten all the same.
             By default it is not, if ``measure`` and ``check`` are set: single sites are timed too.
@@ -92,38 +97,58 @@ def export_onnx(
     with place_output(path, overwrite=overwrite) as staging:
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
         require_space(staging.destination.parent, 2 * (pair.report.bytes_before or 0))
-        sites: tuple[Timing, ...] = ()
-        if keep_slower is None and check and measure:
-            pair, sites = _without_slower(pair, calibration, threads)
-        if command is None:
-            command = call_of(
-                "export_onnx", staging.destination.name, pair.options, opset=opset, budget=budget
-            )
-        packages = ("onnx", "onnxscript", "onnxruntime")
-        identity = identify_model(pair.original, pair.options, command, packages)
-        from bda_fx.exporters.measure_onnx import weight_bytes
-
         original = staging.scratch / "original.onnx"
         write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
-        metadata = {
-            "bda_fx.identity": json.dumps(identity, default=str),
-            "bda_fx.report": json.dumps(pair.report.to_dict(), default=str),
-            "bda_fx.summary": pair.report.summary(),
-        }
-        model = write_onnx(
-            pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
-        )
-        details: dict[str, Any] = {"opset": model.opset_imports[""]}
-
+        sites: dict[str, Timing] = {}
+        details: dict[str, Any] = {}
         fidelity: Fidelity | None = None
         timings: tuple[Timing, ...] = ()
+
+        def settle(pair: Pair) -> Pair:
+            if keep_slower is None and check and measure:
+                return _without_slower(pair, calibration, threads, sites)
+            return pair
+
+        def write(pair: Pair, limit: float | None) -> dict[str, Any]:
+            """Write the rewritten model; what is known of it."""
+            call = command or call_of(
+                "export_onnx", staging.destination.name, pair.options, opset=opset, budget=limit
+            )
+            packages = ("onnx", "onnxscript", "onnxruntime")
+            identity = identify_model(pair.original, pair.options, call, packages)
+            metadata = {
+                "bda_fx.identity": json.dumps(identity, default=str),
+                "bda_fx.report": json.dumps(pair.report.to_dict(), default=str),
+                "bda_fx.summary": pair.report.summary(),
+            }
+            model = write_onnx(
+                pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
+            )
+            details["opset"] = model.opset_imports[""]
+            return identity
+
         if check:
             from bda_fx.exporters.check_onnx import check_onnx
+            from bda_fx.exporters.run_onnx import Session
 
-            details |= check_onnx(pair, original, staging)
-            fidelity, timings = _prove_and_time(
-                pair, original, staging, inputs, budget, measure, threads
-            )
+            batches, made = pair.inputs(inputs)
+            before = Session(original, pair.original, threads=threads)
+
+            def attempt(pair: Pair, limit: float) -> Fidelity:
+                write(pair, limit)
+                after = Session(staging.path, pair.original, threads=threads)
+                return prove(pair.original, before, after, batches, made=made, budget=limit)
+
+            pair, fidelity, way = meet_budget(pair, attempt, budget, calibration, settle)
+            identity = write(pair, way["limit"])
+            details |= {"proof": way, **check_onnx(pair, original, staging)}
+            if measure:
+                after = Session(staging.path, pair.original, threads=threads)
+                timings = _time(before, after, batches[:2])
+        else:
+            identity = write(pair, budget)
+        from bda_fx.exporters.measure_onnx import weight_bytes
+
         files = staging.files()
         result = Exported(
             path=staging.destination,
@@ -136,7 +161,7 @@ def export_onnx(
             bytes_after=weight_bytes(staging.path),
             file_bytes=sum((staging.directory / file.name).stat().st_size for file in files),
             timings=timings,
-            site_timings=sites,
+            site_timings=tuple(sites.values()),
             identity=identity,
             details=details,
         )
@@ -175,6 +200,8 @@ def write_onnx(
         model = spell_sums(model)
     drop_notes(model)
     model.metadata_props.update(metadata or {})
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)  # of an earlier attempt
     large = _bytes(model) > EXTERNAL_FROM if external_data is None else external_data
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)
     return model
@@ -186,41 +213,28 @@ def _bytes(model: ir.Model) -> int:
 
 
 def _without_slower(
-    pair: Pair, calibration: Sequence[Inputs] | None, threads: int
-) -> tuple[Pair, tuple[Timing, ...]]:
-    """Leave out sites that are slower in their new form, until none is left."""
+    pair: Pair,
+    calibration: Sequence[Inputs] | None,
+    threads: int,
+    every: dict[str, Timing],
+) -> Pair:
+    """Leave out sites that are slower in their new form, until none is left; all timings go into
+    ``every``."""
     from bda_fx.exporters.time_sites import slower, time_sites
 
-    every: dict[str, Timing] = {}
     while True:
         timings = time_sites(pair.original, pair.report, threads)
         every |= {timing.name: timing for timing in timings}
         left_out = slower(pair.report, timings)
         if not left_out:
-            return pair, tuple(every.values())
+            return pair
         pair = pair.without(left_out, calibration)
 
 
-def _prove_and_time(
-    pair: Pair,
-    original: Path,
-    staging: Staging,
-    inputs: Sequence[Inputs] | None,
-    budget: float,
-    measure: bool,
-    threads: int,
-) -> tuple[Fidelity, tuple[Timing, ...]]:
-    from bda_fx.exporters.run_onnx import Session
-
-    batches, made = pair.inputs(inputs)
-    before = Session(original, pair.original, threads=threads)
-    after = Session(staging.path, pair.original, threads=threads)
-    fidelity = prove(pair.original, before, after, batches, made=made, budget=budget)
-    if not measure:
-        return fidelity, ()
+def _time(before: Session, after: Session, batches: Sequence[Inputs]) -> tuple[Timing, ...]:
     timings = []
-    for batch in batches[:2]:
+    for batch in batches:
         feeds = before.feeds(batch)
         name = ", ".join(f"{key} {list(value.shape)}" for key, value in feeds.items())
         timings.append(time_pairs(name, lambda: before.run(feeds), lambda: after.run(feeds)))  # noqa: B023
-    return fidelity, tuple(timings)
+    return tuple(timings)

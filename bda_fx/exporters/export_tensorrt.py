@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor, nn
 from torch.export import ExportedProgram
 
@@ -15,7 +16,9 @@ from bda_fx.exporters.build_engine import Engine, Shapes, build_engine, layers_w
 from bda_fx.exporters.export_onnx import write_onnx
 from bda_fx.exporters.exported import Exported, ExportError
 from bda_fx.exporters.identify_model import call_of, identify_model
-from bda_fx.exporters.place_output import Staging, place_output, require_space
+from bda_fx.exporters.meet_budget import meet_budget
+from bda_fx.exporters.place_output import place_output, require_space
+from bda_fx.exporters.prove import prove
 from bda_fx.exporters.rewrite_pair import Pair, require, rewrite_pair
 from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.fidelity_report import Fidelity
@@ -52,7 +55,7 @@ def export_tensorrt(
     check: bool = True,
     compare: bool = True,
     inputs: Sequence[Inputs] | None = None,
-    budget: float = 4.0,
+    budget: float | None = None,
     calibration: Sequence[Inputs] | None = None,
     command: str | None = None,
 ) -> Exported:
@@ -92,11 +95,24 @@ def export_tensorrt(
         shapes = {**default_profiles(pair.original), **(profiles or {})}
         original, rewritten = (staging.scratch / f"{name}.onnx" for name in ("before", "after"))
         write_onnx(pair.original, original, dynamic_shapes, opset, None, broadcast=True)
-        model = write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
         fidelity: Fidelity | None = None
-        reason: str | None = "check=False"
-        if check:
-            fidelity, reason = _prove(pair, staging, inputs, budget)
+        proof: dict[str, Any] = {}
+        reason = _no_proof(pair) if check else "check=False"
+        if reason is None:
+            require("onnxruntime", "'bda-fx[onnx]'", "export_tensorrt(check=True)")
+            from bda_fx.exporters.run_onnx import Session
+
+            runner = Session(original, pair.original)
+            batches, made = pair.inputs(inputs)
+
+            def attempt(pair: Pair, limit: float) -> Fidelity:
+                write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
+                after = Session(rewritten, pair.original)
+                return prove(pair.original, runner, after, batches, made=made, budget=limit)
+
+            pair, fidelity, way = meet_budget(pair, attempt, budget, calibration)
+            proof["proof"] = way
+        model = write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
         after = build_engine(rewritten, shapes, runtime, capabilities)
         before = build_engine(original, shapes, runtime, capabilities) if compare else None
         if before is not None:
@@ -108,6 +124,7 @@ def export_tensorrt(
             command = call_of(
                 "export_tensorrt", staging.destination.name, pair.options,
                 profiles=dict(profiles) if profiles else None, runtime=runtime,
+                budget=budget,
             )  # fmt: skip
         distributions = ("onnx", "onnxscript", "onnxruntime", "tensorrt-rtx-cu12-bindings")
         result = Exported(
@@ -121,7 +138,7 @@ def export_tensorrt(
             bytes_after=after.weight_bytes,
             file_bytes=len(after.plan),
             identity=identify_model(pair.original, pair.options, command, distributions),
-            details=_details(before, after, shapes, runtime, basis_sums(model)),
+            details=proof | _details(before, after, shapes, runtime, basis_sums(model)),
         )
         return write_evidence(result, staging)
 
@@ -153,24 +170,12 @@ def _range(program: ExportedProgram, size: Any) -> tuple[int, int, int]:
     return min(low, example), example, max(high, example)
 
 
-def _prove(
-    pair: Pair, staging: Staging, inputs: Sequence[Inputs] | None, budget: float
-) -> tuple[Fidelity | None, str | None]:
-    """The proof of the ONNX model, or why there is none."""
-    import torch
-
-    from bda_fx.exporters.prove import prove
-    from bda_fx.exporters.run_onnx import Session
-
-    floats = [v for v in pair.original.state_dict.values() if v.is_floating_point()]
-    if any(value.dtype == torch.bfloat16 for value in floats):
-        return None, "ONNX Runtime does not run bfloat16, and engines run on GPUs alone"
-    require("onnxruntime", "'bda-fx[onnx]'", "export_tensorrt(check=True)")
-    before, after = (
-        Session(staging.scratch / f"{name}.onnx", pair.original) for name in ("before", "after")
-    )
-    batches, made = pair.inputs(inputs)
-    return prove(pair.original, before, after, batches, made=made, budget=budget), None
+def _no_proof(pair: Pair) -> str | None:
+    """Why the ONNX model cannot be proved here, if it cannot."""
+    values = (v for v in pair.original.state_dict.values() if isinstance(v, Tensor))
+    if any(value.dtype == torch.bfloat16 for value in values):
+        return "ONNX Runtime does not run bfloat16, and engines run on GPUs alone"
+    return None
 
 
 def _require_saving(pair: Pair, before: Engine, after: Engine) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bda_fx.api import export_module, rewrite
 from bda_fx.exporters.exported import ExportError
 from bda_fx.generate_inputs import Inputs, generate_inputs
 from bda_fx.options import Options
+from bda_fx.passes.plan_sites import Planning
 from bda_fx.report import Report
 
 
@@ -30,6 +31,21 @@ class Pair:
         """The pair with the original form of the sites of these weights."""
         options = replace(self.options, keep=(*self.options.keep, *weights))
         return _rewrite(self.original, options, self.example, calibration)
+
+    def replanned(self, noise_budget: float, calibration: Sequence[Inputs] | None) -> Pair:
+        """The pair as planned for another budget."""
+        options = replace(self.options, noise_budget=noise_budget)
+        return _rewrite(self.original, options, self.example, calibration)
+
+    @property
+    def noise_budget(self) -> float:
+        """That of the options, with "auto" resolved by the dtypes of the weights."""
+        planning = Planning(
+            noise_budget=self.options.noise_budget, optimize_for=self.options.optimize_for
+        )
+        held = {k: v for k, v in self.original.state_dict.items() if isinstance(v, Tensor)}
+        weights = [held[site.name] for site in self.report.sites if site.name in held]
+        return planning.budget([weight.dtype for weight in weights or held.values()])
 
     def inputs(self, given: Sequence[Inputs] | None) -> tuple[list[Inputs], bool]:
         """Inputs to run both on, and whether some were made up.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import bda_fx
 from bda_fx import estimate_shares as module
 from bda_fx.estimate_shares import CAUTION_OF_LONG_SUMS, estimate_shares
 from bda_fx.evaluate_float64 import Wide
@@ -17,7 +18,7 @@ from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.predict_noise import partial_roundings
 from bda_fx.passes.sites import OUT, Factor, Linear, Site
-from tests import tolerances
+from tests import models, tolerances
 from tests.programs import Attention, B, D, E, H, S, canonical, randn, seeded
 
 TOKENS, WIDTH = 400, 4
@@ -255,3 +256,12 @@ def test_no_graph_outlives_an_estimate() -> None:
     before = recorded()
     assert estimate_shares(program, [both, own]) is not None
     assert recorded() == before
+
+
+def test_a_view_that_another_attention_kernel_made_impossible() -> None:
+    """T5's bias requires grad in the backward pass: another kernel, other strides of its output."""
+    example = models.make(models.Case("t5", "sdpa"))
+    ids = example.kwargs["input_ids"]
+    report = bda_fx.analyze(example.model.encoder, (), {"input_ids": ids})
+    assert report.rewritten
+    assert report.noise_ratio is not None

@@ -1,0 +1,104 @@
+"""``meet_budget``: smaller plans until the proof holds, and no more than are worth it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bda_fx.api import export_module
+from bda_fx.exporters.exported import ExportError
+from bda_fx.exporters.meet_budget import PLANS, SAME_MODEL, meet_budget
+from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
+from bda_fx.fidelity_report import Fidelity, OutputFidelity
+from tests.programs import Attention, example
+
+
+def pair_for(**options: Any) -> Pair:
+    return rewrite_pair(export_module(Attention(), (example(),)), options=options)
+
+
+def measured(noise: float, limit: float) -> Fidelity:
+    """A proof as ``prove`` gives it or fails with it."""
+    output = OutputFidelity("y", "float32", 1e-6, noise * 1e-6, noise, 0.0, None, noise <= limit)
+    fidelity = Fidelity((output,), limit, inputs="given", num_inputs=1)
+    if not fidelity.passed:
+        raise ExportError(f"the proof failed: {noise}", fidelity)
+    return fidelity
+
+
+class Runtime:
+    """Adds ``gain`` times the excess that was planned for."""
+
+    def __init__(self, gain: float) -> None:
+        self.gain = gain
+        self.limits: list[float] = []
+
+    def __call__(self, pair: Pair, limit: float) -> Fidelity:
+        self.limits.append(limit)
+        predicted = pair.report.noise_ratio or pair.noise_budget
+        return measured((1 + self.gain * max(predicted**2 - 1, 0)) ** 0.5, limit)
+
+
+def test_one_plan_is_enough_where_the_runtime_rounds_as_planned() -> None:
+    pair = pair_for()
+    same, fidelity, way = meet_budget(pair, Runtime(1.0), None, None)
+    assert same is pair
+    assert fidelity.budget == pair.noise_budget == 1.4
+    assert way == {"limit": 1.4, "planned_for": [1.4], "measured": [fidelity.noise_ratio]}
+
+
+@pytest.mark.parametrize("gain", [3.0, 8.0])
+def test_the_next_plan_makes_up_for_what_was_measured(gain: float) -> None:
+    pair = pair_for()
+    runtime = Runtime(gain)
+    assert pair.report.noise_ratio is not None
+    assert 1 + gain * (pair.report.noise_ratio**2 - 1) > 1.4**2
+    smaller, fidelity, way = meet_budget(pair, runtime, None, None)
+    assert fidelity.noise_ratio <= 1.4
+    assert len(way["planned_for"]) == 2  # the model of the gain is exact here
+    assert smaller.options == replace(pair.options, noise_budget=way["planned_for"][1])
+    assert runtime.limits == [1.4, 1.4]  # the limit is the user's all the way
+
+
+def test_the_last_plan_is_for_no_excess() -> None:
+    plans: list[float] = []
+
+    def attempt(pair: Pair, limit: float) -> Fidelity:
+        plans.append(pair.noise_budget)
+        return measured(9.0, limit)
+
+    with pytest.raises(ExportError, match="the proof failed") as error:
+        meet_budget(pair_for(), attempt, None, None)
+    assert error.value.fidelity is not None
+    assert len(plans) == PLANS
+    assert plans == sorted(plans, reverse=True)
+    assert (plans[0], plans[-1]) == (1.4, 1.0)
+
+
+def test_a_fixed_size_is_not_changed() -> None:
+    pair = pair_for(basis_size="full")
+    _, fidelity, way = meet_budget(pair, lambda pair, limit: measured(3.0, limit), None, None)
+    assert fidelity.budget == way["limit"] == SAME_MODEL
+    tries: list[float] = []
+
+    def attempt(pair: Pair, limit: float) -> Fidelity:
+        tries.append(limit)
+        return measured(3.0, limit)
+
+    with pytest.raises(ExportError):
+        meet_budget(pair_for(basis_size="full", noise_budget=1.5), attempt, None, None)
+    assert tries == [1.5]
+
+
+def test_another_failure_is_not_tried_again() -> None:
+    tries: list[float] = []
+
+    def attempt(pair: Pair, limit: float) -> Fidelity:
+        tries.append(limit)
+        raise ExportError("does not load")
+
+    with pytest.raises(ExportError, match="does not load"):
+        meet_budget(pair_for(), attempt, None, None)
+    assert len(tries) == 1
