@@ -58,6 +58,14 @@ MOST_BYTES = 4 << 30
 
 Features = tuple[tuple[int, ...], ...]
 
+_UNINITIALISED = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_permuted.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
 _MOVEMENT = op_rules.MOVES | op_rules.KEEPS | op_rules.SCATTERS | op_rules.WRITES | op_rules.STORES
 
 
@@ -182,7 +190,7 @@ def _shares_of_outputs(
                 for name, features, times in site
                 if name in run.energies
             )
-            shares[at].append(mine / run.total if run.total > 0 else 0.0)
+            shares[at].append(0.0 if run.total == 0 else mine / run.total)
     return shares
 
 
@@ -313,7 +321,9 @@ class _Backward(Wide):
             return self.widen(args[1]).expand_as(args[0])
         if target is torch.ops.aten.view.default:  # another attention kernel, other strides (T5)
             target = torch.ops.aten.reshape.default
-        return super().call_function(target, args, kwargs)
+        value = super().call_function(target, args, kwargs)
+        # What was in memory is overwritten, but until then it would count as values.
+        return value.zero_() if target in _UNINITIALISED else value
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -328,6 +338,7 @@ class _Backward(Wide):
 
             def collect(gradient: Tensor) -> None:
                 energy = (seen * gradient).double().square()
+                energy.masked_fill_(seen.isinf(), 0.0)  # as in masks: no rounding changes them
                 self.total += rate * float(energy.sum())
                 if watched:
                     by_feature = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy

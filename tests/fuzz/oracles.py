@@ -42,6 +42,11 @@ class Verdict:
     """Why the rewrite is wrong, if it is."""
 
     @property
+    def beyond(self) -> bool:
+        """Whether more was rewritten than the legality oracle allows."""
+        return any(self.found[p] > self.legal[p] for p in self.legal)
+
+    @property
     def missed(self) -> dict[str, int]:
         return {p: max(0, self.legal[p] - self.found[p]) for p in self.legal}
 

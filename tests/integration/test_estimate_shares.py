@@ -265,3 +265,28 @@ def test_a_view_that_another_attention_kernel_made_impossible() -> None:
     report = bda_fx.analyze(example.model.encoder, (), {"input_ids": ids})
     assert report.rewritten
     assert report.noise_ratio is not None
+
+
+def test_memory_that_is_overwritten_is_no_noise() -> None:
+    class Filled(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            room = x.new_empty(x.shape)
+            room[:] = x
+            return super().forward(room)
+
+    x = randn(B, S, E)
+    expected = shares_of(Attention(), x)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with nan
+    try:
+        assert shares_of(Filled(), x) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_scores_masked_with_infinity() -> None:
+    def scores(s: Tensor) -> Tensor:
+        return s + torch.full_like(s, -torch.inf).triu(1)
+
+    found = shares_of(Attention(core="spelled", scores=scores), randn(B, S, E))
+    assert found is not None
+    assert all(0 < share < 1 for (share,) in found)
