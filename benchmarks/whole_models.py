@@ -34,12 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bda_fx  # noqa: F401 - registers the backend
 from bda_fx import backend
 from bda_fx.exporters.time_pairs import time_pairs
 from bda_fx.passes.sites import Plan
 from benchmarks import record
 from benchmarks.noise import reaction_batch, text_batch
+from benchmarks.overhead import timed
 from examples.models import minilm, rxnfp
 
 SEED = 0
@@ -213,14 +213,10 @@ def spared(plan: Plan) -> int:
     )
 
 
-def seconds_of(call: Callable[[], Any], repeats: int = 7) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
     """Median seconds of a call, after two to warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
+    timed(call, 2)
+    return timed(call, 7)
 
 
 def measure(case: Case, dtype: torch.dtype, options: dict[str, Any], quick: bool) -> dict[str, Any]:

@@ -103,14 +103,16 @@ def export_onnx(
         details: dict[str, Any] = {}
         fidelity: Fidelity | None = None
         timings: tuple[Timing, ...] = ()
+        identity: dict[str, Any] = {}
 
         def settle(pair: Pair) -> Pair:
             if keep_slower is None and check and measure:
                 return _without_slower(pair, calibration, threads, sites)
             return pair
 
-        def write(pair: Pair, limit: float | None) -> dict[str, Any]:
-            """Write the rewritten model; what is known of it."""
+        def write(pair: Pair, limit: float | None) -> None:
+            """Write the rewritten model."""
+            nonlocal identity
             call = command or call_of(
                 "export_onnx", staging.destination.name, pair.options, opset=opset, budget=limit
             )
@@ -125,7 +127,6 @@ def export_onnx(
                 pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
             )
             details["opset"] = model.opset_imports[""]
-            return identity
 
         if check:
             from bda_fx.exporters.check_onnx import check_onnx
@@ -140,13 +141,12 @@ def export_onnx(
                 return prove(pair.original, before, after, batches, made=made, budget=limit)
 
             pair, fidelity, way = meet_budget(pair, attempt, budget, calibration, settle)
-            identity = write(pair, way["limit"])
             details |= {"proof": way, **check_onnx(pair, original, staging)}
             if measure:
                 after = Session(staging.path, pair.original, threads=threads)
                 timings = _time(before, after, batches[:2])
         else:
-            identity = write(pair, budget)
+            write(pair, budget)
         from bda_fx.exporters.measure_onnx import weight_bytes
 
         files = staging.files()

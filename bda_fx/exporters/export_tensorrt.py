@@ -97,6 +97,14 @@ def export_tensorrt(
         write_onnx(pair.original, original, dynamic_shapes, opset, None, broadcast=True)
         fidelity: Fidelity | None = None
         proof: dict[str, Any] = {}
+        sums: list[str] = []
+
+        def write(pair: Pair) -> None:
+            nonlocal sums
+            sums = basis_sums(
+                write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
+            )
+
         reason = _no_proof(pair) if check else "check=False"
         if reason is None:
             require("onnxruntime", "'bda-fx[onnx]'", "export_tensorrt(check=True)")
@@ -106,13 +114,14 @@ def export_tensorrt(
             batches, made = pair.inputs(inputs)
 
             def attempt(pair: Pair, limit: float) -> Fidelity:
-                write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
+                write(pair)
                 after = Session(rewritten, pair.original)
                 return prove(pair.original, runner, after, batches, made=made, budget=limit)
 
             pair, fidelity, way = meet_budget(pair, attempt, budget, calibration)
             proof["proof"] = way
-        model = write_onnx(pair.rewritten, rewritten, dynamic_shapes, opset, None, broadcast=True)
+        else:
+            write(pair)
         after = build_engine(rewritten, shapes, runtime, capabilities)
         before = build_engine(original, shapes, runtime, capabilities) if compare else None
         if before is not None:
@@ -138,7 +147,7 @@ def export_tensorrt(
             bytes_after=after.weight_bytes,
             file_bytes=len(after.plan),
             identity=identify_model(pair.original, pair.options, command, distributions),
-            details=proof | _details(before, after, shapes, runtime, basis_sums(model)),
+            details=proof | _details(before, after, shapes, runtime, sums),
         )
         return write_evidence(result, staging)
 
