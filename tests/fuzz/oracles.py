@@ -1,10 +1,9 @@
 """Two oracles that know nothing of the finder: equal outputs, and legality tried on the module.
 
-*Legality.* A product may be rewritten in the features a and b of a head iff these may change basis
-together: insert a random invertible 2 × 2 matrix in the rows that make them and its counterpart in
-what they meet, and see whether the outputs of the original module stay. Features that may be
-mixed pairwise form the blocks that a rewrite could decompose; their number is what there is to be
-found.
+*Legality.* A product may be rewritten in some features of a head iff these may change basis
+together: insert a random invertible matrix in the rows that make them and its counterpart in what
+they meet, and see whether the outputs of the original module stay. Features that may be mixed form
+the blocks that a rewrite could decompose; their number is what there is to be found.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from tests.fuzz.grammar import Spec
 from tests.fuzz.render import group_of, query_row, render, rows_of
 
 Slot = tuple[str, int, tuple[int, ...], bool]
-"""A parameter, the axis along which it is indexed, the indices of the two features, and whether
-they turn by S⁻¹ (else by Sᵀ)."""
+"""A parameter, the axis along which it is indexed, the indices of the features, and whether they
+turn by S⁻¹ (else by Sᵀ)."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +135,22 @@ def legal_features(spec: Spec, model: nn.Module, inputs: tuple[Tensor, ...]) -> 
         total = 0
         for group in range(spec.kv_heads):
 
-            def mixable(a: int, b: int, group: int = group, slots_of: Any = slots_of) -> bool:
-                slots = slots_of(spec, group, (a, b))
+            def mixable(
+                features: tuple[int, ...], group: int = group, slots_of: Any = slots_of
+            ) -> bool:
+                slots = slots_of(spec, group, features)
                 if joint and slots is not None:
                     others = (value_slots if slots_of is key_slots else key_slots)(
-                        spec, group, (a, b)
+                        spec, group, features
                     )
                     slots = None if others is None else _merged(slots, others)
                 return invisible(slots)
 
             total += sum(len(block) for block in _blocks(spec.head_dim, mixable) if len(block) > 1)
-        totals[product] = 0 if product == "qk" and spec.shared == "kq" else total
+        # One weight for K and Q: a change of some key features is one of the query features that
+        # they meet, whose own role as key features it serves too. Both blocks were counted, and
+        # only one of them can be the identity.
+        totals[product] = total // 2 if product == "qk" and spec.shared == "kq" else total
     return totals
 
 
@@ -154,30 +158,30 @@ def _merged(slots: list[Slot], others: list[Slot]) -> list[Slot]:
     return list(dict.fromkeys([*slots, *others]))
 
 
-def _blocks(size: int, mixable: Callable[[int, int], bool]) -> list[set[int]]:
-    """Classes of features that may be mixed with each other."""
-    blocks: list[set[int]] = []
+def _blocks(size: int, mixable: Callable[[tuple[int, ...]], bool]) -> list[tuple[int, ...]]:
+    """Blocks of features that may be mixed with each other."""
+    blocks: list[tuple[int, ...]] = []
     for feature in range(size):
-        for block in blocks:
-            if mixable(min(block), feature):
-                block.add(feature)
+        for i, block in enumerate(blocks):
+            if mixable((*block, feature)):
+                blocks[i] = (*block, feature)
                 break
         else:
-            blocks.append({feature})
+            blocks.append((feature,))
     return blocks
 
 
-def key_slots(spec: Spec, group: int, pair: tuple[int, int]) -> list[Slot] | None:
-    """What changes with the features ``pair`` of key head ``group``."""
+def key_slots(spec: Spec, group: int, features: tuple[int, ...]) -> list[Slot] | None:
+    """What changes with some features of key head ``group``."""
     d, rows = spec.head_dim, rows_of(spec)
     key_flipped = spec.permuted in ("k", "both") or (
         spec.permuted == "heads" and spec.kv_heads > 1 and group == spec.kv_heads - 1
     )
-    place = tuple(d - 1 - f if key_flipped else f for f in pair)
+    place = tuple(d - 1 - f if key_flipped else f for f in features)
     asked = tuple(d - 1 - f if spec.permuted in ("q", "both") else f for f in place)
     k = rows["k"]
-    slots = _projection(k.weight, k.bias, tuple(k.at(group, f) for f in pair), True)
-    slots += _added(spec, "k", group, pair, True)
+    slots = _projection(k.weight, k.bias, tuple(k.at(group, f) for f in features), True)
+    slots += _added(spec, "k", group, features, True)
     for head in range(spec.heads):
         if group_of(spec, head) != group:
             continue
@@ -190,12 +194,12 @@ def key_slots(spec: Spec, group: int, pair: tuple[int, int]) -> list[Slot] | Non
     return slots
 
 
-def value_slots(spec: Spec, group: int, pair: tuple[int, int]) -> list[Slot] | None:
-    """What changes with the features ``pair`` of value head ``group``."""
+def value_slots(spec: Spec, group: int, features: tuple[int, ...]) -> list[Slot] | None:
+    """What changes with some features of value head ``group``."""
     d, v = spec.head_dim, rows_of(spec)["v"]
-    slots = _projection(v.weight, v.bias, tuple(v.at(group, f) for f in pair), True)
-    slots += _added(spec, "v", group, pair, True)
-    place = tuple(d - 1 - f if spec.change_out == "flip" else f for f in pair)
+    slots = _projection(v.weight, v.bias, tuple(v.at(group, f) for f in features), True)
+    slots += _added(spec, "v", group, features, True)
+    place = tuple(d - 1 - f if spec.change_out == "flip" else f for f in features)
     for head in range(spec.heads):
         if group_of(spec, head) != group:
             continue
@@ -207,7 +211,7 @@ def value_slots(spec: Spec, group: int, pair: tuple[int, int]) -> list[Slot] | N
             slots.append(("w_o2", 1, place, False))
         if spec.outputs == "half_features":
             seen = [f for f in place if f < 2]
-            if len(seen) == 1:
+            if 0 < len(seen) < len(place):
                 return None
             if seen:
                 slots.append(("w_o2", 1, tuple(at * 2 + f for f in place), False))
@@ -218,29 +222,29 @@ def _projection(weight: str, bias: str | None, at: tuple[int, ...], near: bool) 
     return [(name, 0, at, near) for name in (weight, bias) if name is not None]
 
 
-def _added(spec: Spec, part: str, head: int, pair: tuple[int, ...], near: bool) -> list[Slot]:
+def _added(spec: Spec, part: str, head: int, features: tuple[int, ...], near: bool) -> list[Slot]:
     """A constant or a second linear that is added to a projection."""
     kind, d = getattr(spec, f"change_{part}"), spec.head_dim
     if kind == "add_linear":
-        return [(f"w_{part}2", 0, tuple(head * d + f for f in pair), near)]
+        return [(f"w_{part}2", 0, tuple(head * d + f for f in features), near)]
     if kind == "add_constant":
-        return [(f"c_{part}", 0, tuple(head * d + f for f in pair), near)]
+        return [(f"c_{part}", 0, tuple(head * d + f for f in features), near)]
     return []
 
 
 def _insert(model: nn.Module, slots: list[Slot]) -> None:
-    """Change basis: vectors of two features become M⁻ᵀ v (near) or M v, for one random M."""
-    generator = torch.Generator().manual_seed(2)
-    matrix = torch.randn(2, 2, generator=generator, dtype=torch.float64) + 2 * torch.eye(2)
+    """Change basis: vectors of some features become M⁻ᵀ v (near) or M v, for one random M."""
+    generator, size = torch.Generator().manual_seed(2), len(slots[0][2])
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float64) + 2 * torch.eye(size)
     near = torch.linalg.inv(matrix).T
     for name, axis, at, inverse in slots:
         value = getattr(model, name).data
         view = value.flatten() if name.startswith("c_") else value.movedim(axis, 0)
-        turned = (near if inverse else matrix) @ view[list(at)].reshape(2, -1)
+        turned = (near if inverse else matrix) @ view[list(at)].reshape(size, -1)
         if name.startswith("c_"):
             value.view(-1)[list(at)] = turned.flatten()
         else:
-            view[list(at)] = turned.reshape(2, *view.shape[1:])
+            view[list(at)] = turned.reshape(size, *view.shape[1:])
 
 
 def smaller(spec: Spec, failing: Callable[[Spec], bool]) -> Spec:

@@ -194,3 +194,19 @@ def test_strides_of_every_part_of_a_split() -> None:
             return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     assert sites(rewrite_in_float64(Fused()))
+
+
+def test_one_weight_for_keys_and_queries_whose_halves_meet_crosswise() -> None:
+    """Key features of either half meet query features of the other: turning one half by S and the
+    other by S⁻ᵀ suits both roles of the weight, so that half of it is decomposed. The legality
+    oracle had taken every such weight for illegal."""
+
+    class Crossed(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            q, v = self.split(self.q(x)), self.split(self.v(x))
+            halves = q.chunk(2, -1)
+            k = torch.cat([halves[1], halves[0].mean(2, keepdim=True).expand_as(halves[0])], -1)
+            return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    report = rewrite_in_float64(Crossed())
+    assert sites(report) == [("qk", D // 2), ("vo", D)]

@@ -79,6 +79,8 @@ def test_the_oracle_tells_legal_from_illegal() -> None:
         Spec(extra="v"): (8, 0),
         Spec(outputs="half_features"): (8, 8),
         Spec(shared="kq"): (0, 8),
+        Spec(shared="kq", permuted="k"): (4, 8),
+        Spec(shared="kq", permuted="k", change_k="half_mean"): (4, 8),
         Spec(shared="kv"): (8, 8),
     }
     for spec, (qk, vo) in known.items():
