@@ -13,7 +13,7 @@ import copy
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch.utils import _pytree as pytree
 
 from bda_fx.passes import op_rules
 
@@ -84,7 +84,7 @@ def canonicalize_exported(exported: ExportedProgram) -> Program:
         functional = _copied(exported)
     else:
         with composite_attention(), torch.no_grad():
-            functional = exported.run_decompositions(_decompositions())
+            functional = _decomposed(exported)
     _copy_exchanged_buffers(functional)
     mutated = set(functional.graph_signature.buffers_to_mutate.values())
     names, tensors = {}, {}
@@ -135,6 +135,23 @@ def _is_canonical_op(target: Any) -> bool:
 
 def _aliases(target: torch._ops.OpOverload) -> bool:
     return any(value.alias_info for value in (*target._schema.arguments, *target._schema.returns))
+
+
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    """The program, functional. It is traced with a flat output: putting together what it returns
+    may compute, as a DynamicCache does, and is no part of it."""
+    flat = copy.copy(exported)
+    entry, *others = exported.module_call_graph
+    signature = entry.signature
+    assert signature is not None
+    leaves = pytree.tree_structure([0] * signature.out_spec.num_leaves)
+    entry = replace(entry, signature=replace(signature, out_spec=leaves))
+    flat._module_call_graph = [entry, *others]
+    functional = flat.run_decompositions(_decompositions())
+    traced = functional.module_call_graph[0].signature
+    assert traced is not None
+    traced.out_spec = signature.out_spec
+    return functional
 
 
 def _copied(exported: ExportedProgram) -> ExportedProgram:
@@ -316,7 +333,7 @@ def _functionalized(run: Any) -> Any:
             inputs = [
                 FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values
             ]
-            outputs = tree_map(plain, run(*inputs))
+            outputs = pytree.tree_map(plain, run(*inputs))
             changed = [
                 (before, plain(after))
                 for before, after in zip(values, inputs, strict=True)

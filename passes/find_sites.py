@@ -84,7 +84,7 @@ def find_sites(program: Program, *, opaque_cache: bool = False) -> Found:
     if opaque_cache:
         _lose_foreign_caches(meets, touched, labellings[0], ports, program)
     sites = build_sites(resolve(meets, touched), touched, ports, labellings[0].products)
-    found = _account(sites, touched, labellings[0], ports, program)
+    found = _account(sites, touched, labellings[0], ports, program, opaque_cache=opaque_cache)
     return replace(found, cached=tuple(sorted(cached)), linears=tuple(sorted(linears)))
 
 
@@ -184,6 +184,8 @@ def _account(
     labelling: Labelling,
     ports: Ports,
     program: Program,
+    *,
+    opaque_cache: bool,
 ) -> Found:
     """One skip for every product that no site covers."""
     covered: set[tuple[str, str]] = {
@@ -206,7 +208,8 @@ def _account(
             owner = ports.owner(min(product.features)).tensor
             name = owner.name
         remedy = REMEDIES.get(cause.reason, "")
-        if cause.reason is Reason.RETURNED and product.features & labelling.kept.keys():
+        kept = product.features & labelling.kept.keys()
+        if cause.reason is Reason.RETURNED and kept and not opaque_cache:
             remedy = REMEDIES[Reason.CACHED]
         module, source = places[product.contraction]
         skips.append(

@@ -22,6 +22,7 @@ from bda_fx.cli.example_inputs import (
     text_inputs,
 )
 from bda_fx.cli.open_model import Opened, Settings
+from bda_fx.cli.plain_caches import return_plain_caches
 
 # Tasks as the hub names them, and the class of transformers that loads a model for one.
 TASKS = {
@@ -84,6 +85,8 @@ def open_huggingface(path: Path, settings: Settings) -> Opened:
     else:
         opened.model = _load(loader, config, directory, settings, opened)
     opened.model.eval()
+    if settings.kv_cache != "none":
+        return_plain_caches(opened.model)
     _give_inputs(transformers, opened, directory, settings, meta)
     return opened
 

@@ -205,9 +205,12 @@ def test_a_timm_model_with_local_weights(cli: Cli, tmp_path: Path) -> None:
 # -- bench and doctor ---------------------------------------------------------------------------
 
 
-def test_bench_times_pairs(cli: Cli) -> None:
-    ran = cli("bench", f"{__name__}:attention", "--compiler", "eager", "--rounds", 3, "--json")
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_bench_times_pairs(cli: Cli, compiler: str) -> None:
+    torch._dynamo.reset()
+    ran = cli("bench", f"{__name__}:attention", "--compiler", compiler, "--rounds", 3, "--json")
     assert ran.code == 0, ran.err
+    assert ran.data["compiler"] == compiler
     low, high = ran.data["speed_interval"]
     assert 0 < low <= high
     assert ran.data["speed"] == ran.data["seconds_original"] / ran.data["seconds_rewritten"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bda_fx.cli.errors import ExitCode
 from bda_fx.cli.run_onnx import OnnxModel
 from bda_fx.evaluate_float64 import evaluate_float64
 from bda_fx.exporters.exported import ExportError
-from tests.cli.conftest import LAYERS, Cli, Ran, files
+from tests.cli.conftest import HIDDEN, LAYERS, Cli, Ran, files
 from tests.programs import assert_close, example, seeded
 from tests.tolerances import FLOAT64_PIVOT
 
@@ -152,3 +153,31 @@ def test_an_option_that_does_not_apply(cli: Cli, bert: Path, out: Path) -> None:
     ran = cli("export", bert, "--to", "aoti", "-o", out.with_suffix(".pt2"), "--opset", 18)
     assert ran.code == ExitCode.USAGE
     assert "--opset does not apply" in ran.err
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: c++")
+def test_an_aotinductor_package(cli: Cli, bert: Path, tmp_path: Path) -> None:
+    """It is proved, and runs at another size than that of the example."""
+    out = tmp_path / "bert.pt2"
+    ran = cli("export", bert, "--to", "aoti", "-o", out, "--no-measure", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.data["fidelity"]["passed"]
+    assert files(tmp_path) == {"bert.pt2", "bert.pt2.bda.json", "bert.pt2.bda.md"}
+    ids = torch.arange(30).view(3, 10)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        package = torch._inductor.aoti_load_package(str(out))
+        got = package(**inputs, token_type_ids=torch.zeros_like(ids))
+    assert torch.utils._pytree.tree_leaves(got)[0].shape == (3, 10, HIDDEN)
+    assert cli("inspect", out).code == ExitCode.CANNOT_OPEN  # compiled: said so, and how to go on
+
+
+def test_a_tensorrt_engine(cli: Cli, bert: Path, tmp_path: Path) -> None:
+    """Built here; what it is built from is proved in ONNX Runtime."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'bda-fx[tensorrt]'")
+    out = tmp_path / "bert.engine"
+    ran = cli("export", bert, "--to", "tensorrt", "-o", out, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.data["bytes_after"] < ran.data["bytes_before"]
+    assert {"bert.engine", "bert.engine.bda.json", "bert.engine.bda.md"} <= files(tmp_path)
+    assert ran.data["fidelity"]["passed"]

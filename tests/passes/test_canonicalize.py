@@ -157,3 +157,34 @@ def test_dynamic_sizes_stay_symbolic() -> None:
     for program in (exported, from_dynamo(Attention(), randn(B, S, E), dynamic=True)):
         linear = next(n for n in program.graph.nodes if n.target is aten.linear.default)
         assert isinstance(linear.meta["val"].shape[1], torch.SymInt)
+
+
+class Cache:
+    """An output that, put together, makes tensors and appends to them, as a DynamicCache does."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = torch.cat([torch.tensor([]), kept])
+
+
+torch.utils._pytree.register_pytree_node(
+    Cache,
+    lambda cache: ([cache.kept], None),
+    lambda parts, _: Cache(*parts),
+    serialized_type_name="tests.passes.test_canonicalize.Cache",
+)
+
+
+def test_outputs_that_compute_when_they_are_put_together() -> None:
+    class Cached(Attention):
+        def forward(self, x: Tensor) -> tuple[Tensor, Cache]:  # type: ignore[override]
+            out = super().forward(x).clone().add_(1.0)  # not canonical, so it is traced once more
+            return out, Cache(x.flatten())
+
+    model = Cached()
+    program = canonicalize_module(model, (example(),))
+    assert is_functional(program)
+    assert program.exported is not None
+    out, cache = program.exported.module()(example())
+    assert isinstance(cache, Cache)
+    assert torch.equal(cache.kept, example().flatten())
+    assert torch.equal(out, model(example())[0])
