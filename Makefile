@@ -94,7 +94,7 @@ cli-memory: setup  ## peak memory of bda-fx on a model of a gigabyte, three minu
 	$(BIN)/python benchmarks/cli_memory.py
 
 wheel-check: setup  ## the wheel in a fresh venv: doctor, inspect, export, verify as users do
-	$(BIN)/python -m pytest tests/integration/test_packaging.py $(PYTEST_ARGS)
+	BDA_FX_FRESH="$(TORCH)" $(BIN)/python -m pytest tests/integration/test_packaging.py $(PYTEST_ARGS)
 
 fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --workers $(WORKERS)

