@@ -3,6 +3,8 @@
     python benchmarks/analyze.py [--quick]
 
 * BERT-base (random weights, batch 2 × 16 tokens), 2 to 48 layers: seconds per pipeline step.
+* One layer of Llama-3-8B's shape on the meta device, exported for 32 to 2048 tokens: labels are
+  carried by every element, so sites are found in time that grows with the sizes exported for.
 * DeepSeek-V3 with all its 61 layers on the meta device (bfloat16, 1 × 8 tokens): seconds and peak
   memory of a process of its own, from building the model to the report.
 
@@ -30,6 +32,8 @@ from torch.export import ExportedProgram
 import bda_fx
 
 RESULTS = Path(__file__).parent / "results"
+TOKENS = (32, 128, 512, 2048)
+QUICK_TOKENS = (32,)
 LAYERS = (2, 4, 8, 12, 24, 48)
 QUICK_LAYERS = (2, 4)
 REPEATS = 3
@@ -66,6 +70,20 @@ def bert(layers: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def llama(tokens: int) -> dict[str, Any]:
+    """Seconds of the process that finding the sites of one layer of Llama-3-8B takes."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=8, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        program = export(LlamaModel(config), torch.zeros(1, tokens, dtype=torch.long))
+    _, steps = steps_of(program)
+    return {"tokens": tokens, "find_sites_s": steps["find sites"]}
+
+
 def deepseek_v3(layers: int) -> dict[str, Any]:
     """Seconds per step and peak memory of this process for DeepSeek-V3 on the meta device."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -96,7 +114,9 @@ def in_a_process_of_its_own(layers: int) -> dict[str, Any]:
     return result
 
 
-def table(berts: list[dict[str, Any]], v3: dict[str, Any], device: str) -> str:
+def table(
+    berts: list[dict[str, Any]], llamas: list[dict[str, Any]], v3: dict[str, Any], device: str
+) -> str:
     names = [name for name in berts[0]["steps_s"] if not name.startswith("total")]
     lines = [
         f"Written by `benchmarks/analyze.py`: {device}, torch {torch.__version__}.",
@@ -113,6 +133,14 @@ def table(berts: list[dict[str, Any]], v3: dict[str, Any], device: str) -> str:
             f"| {row['layers']} | {' | '.join(cells)} | {steps['total']:.2f} "
             f"| {steps['total, CPU']:.2f} | {steps['total'] / row['layers']:.3f} |"
         )
+    lines += [
+        "",
+        "Finding the sites of one layer of Llama-3-8B's shape, by the tokens it is exported for:",
+        "",
+        f"| tokens | {' | '.join(str(row['tokens']) for row in llamas)} |",
+        "|---" * (len(llamas) + 1) + "|",
+        f"| seconds | {' | '.join(format(row['find_sites_s'], '.2f') for row in llamas)} |",
+    ]
     steps = v3["steps_s"]
     taken = [name for name in names if name in steps]
     size = f"{v3['layers']} layers, {v3['parameters'] / 1e9:.0f} B parameters"
@@ -142,8 +170,9 @@ def main() -> None:
     v3 = in_a_process_of_its_own(QUICK_LAYERS[-1] if chosen.quick else V3_LAYERS)
     bert(1, 1)  # imports and thread pools
     berts = [bert(n, 1 if chosen.quick else REPEATS) for n in layers]
+    llamas = [llama(n) for n in (QUICK_TOKENS if chosen.quick else TOKENS)]
     device = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
-    text = table(berts, v3, device)
+    text = table(berts, llamas, v3, device)
     print(text)
     if chosen.quick:
         return
@@ -153,6 +182,7 @@ def main() -> None:
         "device": device,
         "torch": torch.__version__,
         "bert_base": berts,
+        "llama_layer_by_tokens": llamas,
         "deepseek_v3_on_meta": v3,
     }
     (RESULTS / "analyze.json").write_text(json.dumps(record, indent=1) + "\n")

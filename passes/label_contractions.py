@@ -19,6 +19,7 @@ from bda_fx.passes.labels import (
     Outer,
     Source,
     Value,
+    distinct,
     repeat_heads,
     transposed,
 )
@@ -63,6 +64,8 @@ class Contractions(Meetings):
         mixed = self.sources.mixed(flat.ids)
         plain = flat.ids[(flat.ids >= 0) & ~mixed]
         self.touch_features(self.sources.distinct_features(plain), Reason.READ_ELSEWHERE, node)
+        if not mixed.any():
+            return self.lose_columns(node, weight, PLAIN)
         kv_heads, _ = self.heads(flat, node)
         if kv_heads is None:
             return
@@ -167,7 +170,7 @@ class Contractions(Meetings):
         scores = isinstance(value, int) and value == SCORES
         product = None if scores else self.product(node, QK, weights.labels.ids)
         if product and (product.features or product.code <= FIRST_CAUSE):
-            mixed = set(self.sources.which(passing.labels.ids.unique()).tolist())
+            mixed = set(self.sources.which(distinct(passing.labels.ids)).tolist())
             if mixed.isdisjoint(self.weighed):
                 self.found.products.append(product)
             self.weighed.add(made)

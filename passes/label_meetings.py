@@ -22,6 +22,7 @@ from bda_fx.passes.labels import (
     Product,
     Source,
     Value,
+    distinct,
     distinct_rows,
     expand,
     head_pairs,
@@ -57,7 +58,7 @@ class Meetings(Sums):
             stack += current.all_input_nodes
 
     def product(self, node: fx.Node, kind: str, ids: Tensor) -> Product:
-        codes = [c for c in ids[ids < 0].unique().tolist() if c != ZERO]
+        codes = [c for c in distinct(ids[ids < 0]).tolist() if c != ZERO]
         return Product(
             node.name, kind, frozenset(self.sources.distinct_features(ids)), self.merge(codes)
         )
@@ -84,10 +85,10 @@ class Meetings(Sums):
 
     def features_of_a_token(self, ids: Tensor) -> int:
         """How many features there are at the first token of [*, tokens, c], but for constants."""
-        features, _ = self.sources.locate(ids[..., 0, :].unique())
+        features, _ = self.sources.locate(distinct(ids[..., 0, :]))
         owners = [
             [self.ports.owner(t).tensor for t in self.sources.terms(f)]
-            for f in features.unique().tolist()
+            for f in distinct(features).tolist()
             if f >= 0
         ]
         return sum(any(isinstance(owner, Linear) for owner in found) for found in owners)
@@ -117,7 +118,7 @@ class Meetings(Sums):
         """Query head q meets key head k: record the blocks of features that may be mixed."""
         for mine, other in ((q, k), (k, q)):
             lost = (mine >= 0) & (other < 0) & (other != ZERO)
-            for code in other[lost].unique().tolist():
+            for code in distinct(other[lost]).tolist():
                 reason = Reason.NO_PROJECTION if code > FIRST_CAUSE else self.cause(code).reason
                 where = node.name if code > FIRST_CAUSE else self.cause(code).node
                 self.lose(mine[lost & (other == code)].tolist(), Cause(reason, where))
@@ -154,7 +155,7 @@ class Meetings(Sums):
         """v [*, n, c] is mixed over c: its features come out along the last axis of ``shape``."""
         self.found.products.append(self.product(node, VO, v.ids))
         if not (v.ids >= 0).any():
-            codes = v.ids.unique().tolist()
+            codes = distinct(v.ids).tolist()
             return self.merge([c for c in codes if c != SCORES])
         return self.spread(*self.mix(node, v), shape)
 

@@ -18,7 +18,17 @@ from torch import Tensor, fx
 
 from bda_fx.passes import op_rules as rules
 from bda_fx.passes.label_moves import Moves, moves_one, scale_of
-from bda_fx.passes.labels import PLAIN, ZERO, Labels, Outer, Source, Value, hashed, hashed_lines
+from bda_fx.passes.labels import (
+    PLAIN,
+    ZERO,
+    Labels,
+    Outer,
+    Source,
+    Value,
+    distinct_pairs,
+    hashed,
+    hashed_lines,
+)
 from bda_fx.passes.run_moves import pads_with_values, tensors_of
 from bda_fx.passes.sites import Reason
 
@@ -143,13 +153,13 @@ class Sums(Moves):
 
     def sums(self, left: Tensor, right: Tensor) -> Tensor:
         """Numbers of the sums of features, element by element."""
-        pairs, of = torch.stack([left, right], -1).unique(dim=0, return_inverse=True)
+        pairs, of = distinct_pairs(left, right)
         numbers = [self.sources.sum_of(pair) for pair in pairs.tolist()]
         return torch.tensor(numbers, dtype=torch.int64)[of]
 
     def rotates(self, left: Tensor, right: Tensor) -> bool:
         """Whether different features of one tensor are added up."""
-        for a, b in torch.stack([left, right], -1).unique(dim=0).tolist():
+        for a, b in distinct_pairs(left, right)[0].tolist():
             owners = [{self.ports.owner(t) for t in self.sources.terms(f)} for f in (a, b)]
             if a != b and owners[0] & owners[1]:
                 return True

@@ -6,6 +6,7 @@ Codes (negative) stand for elements that carry no feature. Shapes: an operand of
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ SCORES = -3  # computed from a product of two activations
 FIRST_CAUSE = -4  # -4 - k: spoilt by causes[k]
 
 FIRST_SUM = 1 << 32  # numbers of sums of features, above those of features
+
+SPARSE = 8
+"""Distinct numbers are found by a table of at most so many places for each."""
 
 MAX_HEADS = 65536  # more distinct heads than this is a permutation per token, not a head layout
 
@@ -56,6 +60,15 @@ class Source:
             return ids
         spoilt = self.features.view(self.shape)
         return torch.where(spoilt >= 0, ids, spoilt)
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and token rows of ids of this source; anything for those of others."""
+        local = ids - self.first
+        if self.features is None or self.rows is None:
+            column = local % self.shape[-1]
+            return column + self.first_feature, ids - column
+        local = local.clamp_(0, self.numel - 1)
+        return self.features[local], self.rows[local]
 
 
 @dataclass(frozen=True)
@@ -163,27 +176,32 @@ class Sources:
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Features (codes kept) and token rows of element ids."""
+        labelled = ids >= 0
+        if not labelled.any():
+            return ids.clone(), ids.clone()
+        every = bool(labelled.all())
+        low = ids.min() if every else torch.where(labelled, ids, self.next_id).min()
+        first, last = (self._source_at(int(i)) for i in (low, ids.max()))
+        if first is last:  # most often
+            features, rows = first.locate(ids)
+            if every:
+                return features, rows
+            return torch.where(labelled, features, ids), torch.where(labelled, rows, ids)
         features, rows = ids.clone(), ids.clone()
-        if not (ids >= 0).any():
-            return features, rows
         which = self.which(ids)
-        for index in which[ids >= 0].unique().tolist():
-            source = self.all[index]
-            mask = (which == index) & (ids >= 0)
-            local = ids[mask] - source.first
-            if source.features is None or source.rows is None:
-                column = local % source.shape[-1]
-                features[mask] = source.first_feature + column
-                rows[mask] = source.first + local - column
-            else:
-                features[mask] = source.features[local]
-                rows[mask] = source.rows[local]
+        for index in distinct(which).tolist():
+            if index >= 0:
+                mask = which == index
+                features[mask], rows[mask] = self.all[index].locate(ids[mask])
         return features, rows
+
+    def _source_at(self, element: int) -> Source:
+        return self.all[bisect.bisect_right(self.all, element, key=lambda s: s.first) - 1]
 
     def distinct_features(self, ids: Tensor) -> list[int]:
         """Features of linears and constants among the elements ``ids``."""
-        features, _ = self.locate(ids.reshape(-1).unique())
-        return sorted({t for f in features.unique().tolist() if f >= 0 for t in self.terms(f)})
+        features, _ = self.locate(distinct(ids))
+        return sorted({t for f in distinct(features).tolist() if f >= 0 for t in self.terms(f)})
 
     def mixed(self, ids: Tensor) -> Tensor:
         """Which ids are elements of attention outputs."""
@@ -208,6 +226,31 @@ class Sources:
         return "meets" if meets else "passes" if passes else "mixed"
 
 
+def distinct(x: Tensor) -> Tensor:
+    """The distinct values of an int64 tensor, ascending.
+
+    Numbers that lie close together, as ids and features do, need not be sorted for that.
+    """
+    x = x.reshape(-1)
+    if not len(x):
+        return x
+    low, high = int(x.min()), int(x.max())
+    if high - low > SPARSE * len(x):
+        return x.unique()
+    seen = torch.zeros(high - low + 1, dtype=torch.bool)
+    seen[x - low] = True
+    return seen.nonzero().flatten() + low
+
+
+def distinct_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct pairs [n, 2] of the values of two int64 vectors, ascending; each element's number."""
+    lefts, rights = distinct(left), distinct(right)
+    keys = torch.bucketize(left, lefts) * len(rights) + torch.bucketize(right, rights)
+    found = distinct(keys)
+    pairs = torch.stack([lefts[found // len(rights)], rights[found % len(rights)]], -1)
+    return pairs, torch.bucketize(keys, found)
+
+
 def transposed(x: Labels) -> Labels:
     return x.swapped(-1, -2)
 
@@ -226,11 +269,11 @@ def repeat_heads(x: Labels, heads: int) -> Labels:
 def hashed(*parts: Tensor) -> Tensor:
     """One number per element, equal where all ``parts`` are equal (and in practice only there)."""
     generator = torch.Generator().manual_seed(len(parts))
-    total = torch.zeros_like(parts[0])
+    total = torch.zeros(parts[0].shape, dtype=torch.int64)
     for part in parts:
         multiplier = int(torch.randint(1 << 60, (1 << 61), (1,), generator=generator)) | 1
-        total = (total + part) * multiplier
-        total = total ^ (total >> 29)
+        total.add_(part).mul_(multiplier)
+        total.bitwise_xor_(total >> 29)
     return total
 
 
@@ -261,12 +304,16 @@ def first_equal(keys: Tensor) -> Tensor:
 def parts_of(rows: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
     """Part numbers along the last axis: labelled elements of one token row and one factor."""
     labelled = ids >= 0
-    keys = rows if scale is None else hashed(rows, scale.expand(rows.shape))
     lowest = torch.iinfo(torch.int64).min
+    # From the highest row of a line on, most lines are alike.
+    keys = rows - torch.where(labelled, rows, lowest).amax(-1, keepdim=True)
+    keys = keys if scale is None else hashed(keys, scale.expand(rows.shape))
     first = torch.where(labelled, keys, lowest).amax(-1, keepdim=True)
     if bool(((keys == first) | ~labelled).all()):
         return torch.where(labelled, 0, -1)
-    return torch.where(labelled, first_equal(torch.where(labelled, keys, lowest)), -1)
+    lines = torch.where(labelled, keys, lowest).reshape(-1, rows.shape[-1])
+    lines, of = distinct_rows(lines)
+    return torch.where(labelled, first_equal(lines)[of].view(rows.shape), -1)
 
 
 def merge_parts(parts: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from bda_fx.passes.labels import (
     Source,
     Sources,
     Value,
+    distinct,
 )
 from bda_fx.passes.sites import ELEMENT, IN, OUT, Constant, Linear, Reason
 
@@ -167,7 +168,7 @@ class Tracker:
         if isinstance(value, list):
             return self.merge([self.summary(v, reason, node) for v in value])
         if isinstance(value, Labels):
-            codes = value.ids[value.ids < 0].unique().tolist()
+            codes = distinct(value.ids[value.ids < 0]).tolist()
             if (value.ids >= 0).any():
                 codes.append(self.code_of(value.ids, reason, node))
             return self.merge(codes)
@@ -177,7 +178,8 @@ class Tracker:
 
     def code_of(self, ids: Tensor, reason: Reason, node: fx.Node) -> int:
         """A code for labelled elements that are lost now, with what lost them first."""
-        first, _ = self.sources.locate(ids[ids >= 0][:1])
+        at = (ids >= 0).flatten().to(torch.uint8).argmax()
+        first, _ = self.sources.locate(ids.flatten()[at : at + 1])
         (term, *_) = self.sources.terms(int(first))
         cause = self.found.touched.get(term, Cause(reason, node.name))
         self.found.causes.append(cause)
