@@ -11,7 +11,9 @@ M² - 1, and the next plan is for
 
     P'² - 1 = (budget² - 1) / g,       g = (M² - 1) / (P² - 1)
 
-The last plan is for no excess at all.
+The last plan is for no excess at all. What is measured need not be in proportion, so a plan that
+passes with less than half of what it may add is followed by one or two between it and the smallest
+that failed; the largest that passes is what is delivered.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from bda_fx.generate_inputs import Inputs
 from bda_fx.passes.plan_sites import CHANCE
 
 PLANS = 6
-"""Most plans, with the first one and the one for no excess."""
+"""Most plans until one passes, with the first one and the one for no excess."""
+
+LARGER = 2
+"""Most plans after one that passed."""
 
 SAME_MODEL = 4.0
 """Where an explicit basis size was asked for, and no budget: above it something is wrong."""
@@ -58,22 +63,45 @@ def meet_budget(
         budget = SAME_MODEL if open_end else pair.noise_budget
     planned: list[float] = []
     measured: list[float] = []
+    failed, larger = math.inf, LARGER
+    passed: tuple[Pair, Fidelity] | None = None
     while True:
         pair = settle(pair)
         planned.append(pair.noise_budget)
         try:
             fidelity = attempt(pair, budget)
         except ExportError as error:
-            hopeless = fixed or len(planned) == PLANS or not pair.report.rewritten
-            if error.fidelity is None or hopeless:
+            out_of_plans = len(planned) == PLANS and passed is None
+            if error.fidelity is None or fixed or out_of_plans or not pair.report.rewritten:
                 raise
             measured.append(error.fidelity.noise_ratio)
+            failed = pair.noise_budget
+        else:
+            measured.append(fidelity.noise_ratio)
+            passed = pair, fidelity
+        if passed is None:
             smaller = _smaller(pair, budget, measured[-1], last=len(planned) == PLANS - 1)
-            pair = pair.replanned(smaller, calibration)
-            continue
-        measured.append(fidelity.noise_ratio)
-        way = {"limit": budget, "planned_for": planned, "measured": measured}
-        return pair, fidelity, way
+        elif not larger or failed == math.inf or not _has_room(passed[1], budget):
+            break
+        else:
+            larger -= 1
+            smaller = _between(passed[0].noise_budget, failed)
+        pair = pair.replanned(smaller, calibration)
+    if passed[0] is not pair:
+        passed = passed[0], attempt(passed[0], budget)  # what failed lies where it had been written
+    way = {"limit": budget, "planned_for": planned, "measured": measured}
+    return *passed, way
+
+
+def _has_room(fidelity: Fidelity, budget: float) -> bool:
+    """Whether less than half of the noise that may be added was."""
+    return 2 * (fidelity.noise_ratio**2 - 1) < budget**2 - 1
+
+
+def _between(low: float, high: float) -> float:
+    """The budget whose excess is the geometric mean of those of two others; ``low`` may be 1."""
+    least, most = (b**2 - 1 for b in (low, high))
+    return math.sqrt(1 + math.sqrt(max(least, most / 16) * most))
 
 
 def _smaller(pair: Pair, budget: float, measured: float, *, last: bool) -> float:

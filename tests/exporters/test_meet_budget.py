@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bda_fx.api import export_module
 from bda_fx.exporters.exported import ExportError
-from bda_fx.exporters.meet_budget import PLANS, SAME_MODEL, meet_budget
+from bda_fx.exporters.meet_budget import LARGER, PLANS, SAME_MODEL, meet_budget
 from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
 from bda_fx.fidelity_report import Fidelity, OutputFidelity
 from tests.programs import Attention, example
@@ -57,9 +56,26 @@ def test_the_next_plan_makes_up_for_what_was_measured(gain: float) -> None:
     assert 1 + gain * (pair.report.noise_ratio**2 - 1) > 1.4**2
     smaller, fidelity, way = meet_budget(pair, runtime, None, None)
     assert fidelity.noise_ratio <= 1.4
-    assert len(way["planned_for"]) == 2  # the model of the gain is exact here
-    assert smaller.options == replace(pair.options, noise_budget=way["planned_for"][1])
-    assert runtime.limits == [1.4, 1.4]  # the limit is the user's all the way
+    assert way["measured"][1] <= 1.4  # the model of the gain is exact here
+    assert smaller.options.noise_budget in way["planned_for"][1:]
+    assert set(runtime.limits) == {1.4}  # the limit is the user's all the way
+
+
+def test_a_plan_that_leaves_room_is_followed_by_a_larger_one() -> None:
+    """What a runtime adds need not be in proportion to what was planned for: here it is a step."""
+    delivered: list[float] = []
+
+    def attempt(pair: Pair, limit: float) -> Fidelity:
+        delivered.append(pair.noise_budget)
+        return measured(2.5 if pair.noise_budget > 1.2 else 1.05, limit)
+
+    pair, fidelity, way = meet_budget(pair_for(), attempt, None, None)
+    assert fidelity.noise_ratio == 1.05
+    first = way["measured"].index(1.05)
+    assert len(way["planned_for"]) == first + 1 + LARGER
+    assert way["planned_for"][first] < pair.noise_budget <= 1.2
+    assert delivered[: first + 1 + LARGER] == way["planned_for"]
+    assert delivered[-1] == pair.noise_budget == max(b for b in delivered if b <= 1.2)
 
 
 def test_the_last_plan_is_for_no_excess() -> None:
