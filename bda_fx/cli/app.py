@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +11,38 @@ import typer
 
 import bda_fx
 from bda_fx.cli.errors import MEANINGS, CliError, ExitCode, Terminated
+from bda_fx.cli.options import (
+    MODEL_HELP,
+    AsDtype,
+    AsJson,
+    Batch,
+    Budget,
+    Cache,
+    Calibration,
+    Compiler,
+    DrawnSite,
+    Dtype,
+    Dynamic,
+    ExportBudget,
+    Force,
+    GraphFile,
+    InputFile,
+    KvCache,
+    Length,
+    ModelName,
+    NoMemoryCheck,
+    ProofBudget,
+    Quiet,
+    Side,
+    Target,
+    Task,
+    Unsafe,
+    Weights,
+    WhichSide,
+)
 from bda_fx.cli.run_command import TRACEBACK, Output, run_command
 
 EXIT_CODES = "Exit codes: " + "; ".join(f"{int(code)} {text}" for code, text in MEANINGS.items())
-
-MODEL_HELP = (
-    "A Hugging Face directory, a .pt2 file, timm:NAME with --weights, or package.module:function."
-)
 
 app = typer.Typer(
     name="bda-fx",
@@ -28,111 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Dtype(StrEnum):
-    """How weights are loaded; "auto" is as they are stored."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Cache(StrEnum):
-    """Key-value caches; "none" exports with use_cache=False, the others with caches returned."""
-
-    none = "none"
-    skip = "skip"
-    opaque = "opaque"
-
-
-class Target(StrEnum):
-    """What ``export`` writes."""
-
-    onnx = "onnx"
-    tensorrt = "tensorrt"
-    aoti = "aoti"
-
-
-class Side(StrEnum):
-    """Which side of a product is decomposed."""
-
-    auto = "auto"
-    kv = "kv"
-    qo = "qo"
-
-
-class Compiler(StrEnum):
-    """What ``bench`` runs both models under."""
-
-    inductor = "inductor"
-    eager = "eager"
-
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Task = Annotated[
-    str | None,
-    typer.Option(help="Task of a Hugging Face model [default: the class that saved it]."),
-]
-AsDtype = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load weights in.")]
-Dynamic = Annotated[
-    bool, typer.Option("--dynamic/--static", help="Leave batch and length open, or fix them.")
-]
-KvCache = Annotated[
-    Cache,
-    typer.Option(
-        help="Key-value caches: none returned, skip (returned as they are), or opaque (they hold "
-        "the new basis: your word that only this model reads them)."
-    ),
-]
-Budget = Annotated[
-    float | None,
-    typer.Option(
-        "--noise-budget",
-        min=1.0,
-        help="How noisy the result may be, × the model's own noise [default: 1.25 in half "
-        "precision, else 1.4].",
-    ),
-]
-ProofBudget = Annotated[
-    float,
-    typer.Option(min=1.0, help="Largest error that passes, × the original's own against float64."),
-]
-ExportBudget = Annotated[
-    float | None,
-    typer.Option(
-        "--budget",
-        min=1.0,
-        help="Largest error in the runtime that passes, × the original's own "
-        "[default: the noise budget; bases shrink until it holds].",
-    ),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        help="A text file: its first lines tell which layers are loud (needs a tokenizer)."
-    ),
-]
-InputFile = Annotated[
-    Path | None,
-    typer.Option("--inputs", help="Example inputs: a safetensors file, names as in forward()."),
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="Weights for timm:NAME (safetensors, or a tensor-only .pth).")
-]
-Batch = Annotated[int, typer.Option(min=2, help="Batch of the example.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of made-up examples.")]
-Unsafe = Annotated[
-    bool, typer.Option("--unsafe", help="Load pickles, which may run any code in them.")
-]
-NoMemoryCheck = Annotated[
-    bool, typer.Option("--no-memory-check", help="Try although memory will not do.")
-]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-WhichSide = Annotated[Side, typer.Option("--side", help="Side of a product to decompose.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -174,8 +93,11 @@ def inspect(
     ] = False,
     batch: Batch = 2,
     length: Length = 32,
+    graph: GraphFile = None,
+    site: DrawnSite = None,
     unsafe: Unsafe = False,
     no_memory_check: NoMemoryCheck = False,
+    force: Force = False,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -183,16 +105,21 @@ def inspect(
 
     A config.json alone will do: sizes are then found on the meta device.
     """
+    if site is not None and graph is None:
+        raise typer.BadParameter("--site says what --graph draws: give that too")
 
     def work(stages: Any) -> Any:
         from bda_fx.cli.convert_model import inspect_model
+        from bda_fx.cli.write_picture import Picture
 
         settings = _settings(
             task=task, dtype=dtype, dynamic=dynamic, kv_cache=kv_cache, calibration=calibration,
             inputs=inputs, weights=weights, batch=batch, length=length, unsafe=unsafe,
             no_memory_check=no_memory_check, config_only=config_only,
         )  # fmt: skip
-        return inspect_model(model, settings, _options(noise_budget, kv_cache, side))(stages)
+        options = _options(noise_budget, kv_cache, side)
+        picture = None if graph is None else Picture(graph, site, force)
+        return inspect_model(model, settings, options, picture)(stages)
 
     run_command(work, Output(json, quiet))
 

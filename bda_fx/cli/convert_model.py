@@ -22,6 +22,7 @@ from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result
 from bda_fx.cli.show_report import report_table, saved_params
 from bda_fx.cli.write_output import Sink, check_output
+from bda_fx.cli.write_picture import Picture
 from bda_fx.exporters.exported import Exported
 from bda_fx.exporters.identify_model import identify_model
 from bda_fx.exporters.place_output import place_output
@@ -40,18 +41,31 @@ EXPORTERS = {"onnx": "export_onnx", "tensorrt": "export_tensorrt", "aoti": "expo
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "aoti": ".pt2"}
 
 
-def inspect_model(name: str, settings: Settings, options: Mapping[str, Any]) -> Any:
-    """What could be saved in each layer; a :class:`Result` for ``run_command``."""
+def inspect_model(
+    name: str,
+    settings: Settings,
+    options: Mapping[str, Any],
+    picture: Picture | None = None,
+) -> Any:
+    """What could be saved in each layer; a :class:`Result` for ``run_command``.
+
+    With a ``picture`` the rewrite is made, too, and one site of it drawn.
+    """
 
     def work(stages: Stages) -> Result:
+        if picture is not None:
+            picture.check()
         return_freed_memory()
         opened = _open(name, settings, stages)
         with _steps(stages, "inspecting"):
-            report = bda_fx.analyze(
-                program_of(opened, stages),
-                options=options,
-                calibration=_calibration(opened, settings),
-            )
+            program = program_of(opened, stages)
+            known = {"options": options, "calibration": _calibration(opened, settings)}
+            if picture is None:
+                report = bda_fx.analyze(program, **known)
+            else:
+                done = bda_fx.rewrite(program, **known)
+                report = done.report
+                picture.write(program, done)
         data = {"model": name, **report.to_dict(), "could_save_params": saved_params(report)}
         return Result(data, report_table(report))
 
