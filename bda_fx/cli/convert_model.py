@@ -21,11 +21,11 @@ from bda_fx.cli.open_model import Opened, Settings, open_model
 from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result
 from bda_fx.cli.show_report import report_table, saved_params
-from bda_fx.cli.write_output import Sink, check_output
+from bda_fx.cli.write_output import Sink
 from bda_fx.cli.write_picture import Picture
 from bda_fx.exporters.exported import Exported
 from bda_fx.exporters.identify_model import identify_model
-from bda_fx.exporters.place_output import place_output
+from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
@@ -59,11 +59,11 @@ def inspect_model(
         opened = _open(name, settings, stages)
         with _steps(stages, "inspecting"):
             program = program_of(opened, stages)
-            known = {"options": options, "calibration": _calibration(opened, settings)}
+            texts = _calibration(opened, settings)
             if picture is None:
-                report = bda_fx.analyze(program, **known)
+                report = bda_fx.analyze(program, options=options, calibration=texts)
             else:
-                done = bda_fx.rewrite(program, **known)
+                done = bda_fx.rewrite(program, options=options, calibration=texts)
                 report = done.report
                 picture.write(program, done)
         data = {"model": name, **report.to_dict(), "could_save_params": saved_params(report)}
@@ -79,7 +79,7 @@ def rewrite_model(
 
     def work(stages: Stages) -> Result:
         _check_suffix(out, ".pt2")
-        check_output(out, force=force)
+        check_destination(out, overwrite=force)
         return_freed_memory()
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, "rewriting"):
@@ -130,7 +130,7 @@ def export_model(
                 f"unknown target {target!r}", f"--to is {', '.join(EXPORTERS)}", ExitCode.USAGE
             )
         _check_suffix(out, SUFFIXES[target])
-        check_output(out, force=force)
+        check_destination(out, overwrite=force)
         exporter = getattr(bda_fx, EXPORTERS[target])
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, f"exporting to {target}"):
@@ -169,7 +169,7 @@ def _with_space(settings: Settings, out: Path, force: bool) -> Settings:
 
     def check(weight_bytes: int) -> None:
         settings.check_memory(weight_bytes)
-        check_output(out, force=force, needed=weight_bytes)
+        check_destination(out, overwrite=force, needed=weight_bytes)
 
     return dataclasses.replace(settings, check_memory=check)
 

@@ -98,6 +98,8 @@ def _by_type(error: BaseException, text: str) -> CliError:
         message, _, remedy = _LAST_PART.match(text).groups()  # type: ignore[union-attr]
         missing = _cause(error, ImportError) is not None
         code = ExitCode.NOT_INSTALLED if missing else ExitCode.CANNOT_CONVERT
+        if "PlaceError" in names:
+            code = ExitCode.CANNOT_WRITE
         return CliError(message, remedy or "bda-fx inspect MODEL shows what was found", code)
     if isinstance(error, ImportError):
         package = error.name or "a package"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bda_fx.cli.errors import CliError, ExitCode, first_line
+from bda_fx.exporters.exported import ExportError
 
 _FLOATS = {1, 10, 16}
 """FLOAT, FLOAT16 and BFLOAT16 of onnx.TensorProto.DataType."""
@@ -32,19 +33,16 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime
+        from bda_fx.exporters.run_onnx import array_of, open_session
 
         self.path = path
+        self._array = array_of
         self._check()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
+            self.session = open_session(path, providers=["CPUExecutionProvider"])
+        except ExportError as error:
             raise CliError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {first_line(error)}",
+                f"ONNX Runtime cannot load {path}: {first_line(error.__cause__ or error)}",
                 "export it once more; bda-fx --traceback verify … shows all of the message",
                 ExitCode.CANNOT_OPEN,
             ) from error
@@ -61,15 +59,6 @@ class OnnxModel:
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         feed = {name: self._array(value) for name, value in self.feed(args, kwargs).items()}
         return [torch.as_tensor(value) for value in self.session.run(self.outputs, feed)]
-
-    def _array(self, value: Tensor) -> Any:
-        if value.dtype == torch.bfloat16:
-            raise CliError(
-                f"{self.path}: ONNX Runtime takes no bfloat16 from Python",
-                "export in float16 or float32 to have the file compared",
-                ExitCode.CANNOT_CONVERT,
-            )
-        return value.detach().cpu().contiguous().numpy()
 
     def truth(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Outputs in float64 throughout."""

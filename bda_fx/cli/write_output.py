@@ -1,4 +1,4 @@
-"""Look at an output before the work begins, and write to it without ending the process.
+"""Write to a file without ending the process where that fails.
 
 That outputs appear whole or not at all is the work of ``bda_fx.exporters.place_output``.
 """
@@ -7,50 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from pathlib import Path
 from typing import Any
-
-from bda_fx.cli.errors import CliError, ExitCode
-
-
-def check_output(path: Path, *, force: bool, needed: int = 0) -> None:
-    """Look before the work begins whether ``path`` can be written; ``needed`` is in bytes.
-
-    Raises:
-        CliError: it exists and ``force`` is not given, its folder does not exist or is not
-            writable, or the file system has less than ``needed`` free.
-    """
-    if path.is_dir():
-        raise CliError(
-            f"{path} is a directory",
-            f"name a file, such as -o {path / 'model'}",
-            ExitCode.CANNOT_WRITE,
-        )
-    if os.path.lexists(path) and not force:
-        raise CliError(
-            f"{path} exists already",
-            "choose another name with -o, or replace it with --force",
-            ExitCode.CANNOT_WRITE,
-        )
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise CliError(
-            f"there is no directory {folder}", f"mkdir -p {folder}", ExitCode.CANNOT_WRITE
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CliError(
-            f"no permission to write in {folder}",
-            "choose another place with -o, or change the permissions",
-            ExitCode.CANNOT_WRITE,
-        )
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CliError(
-            f"no space to write {path}: about {size(needed)} are needed, {size(free)} are free",
-            "free some space or choose another place with -o",
-            ExitCode.CANNOT_WRITE,
-        )
 
 
 class Sink(io.RawIOBase):

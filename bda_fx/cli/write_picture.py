@@ -11,8 +11,7 @@ from bda_fx.api import Rewrite
 from bda_fx.cli.draw_site import dot_of, svg_of
 from bda_fx.cli.errors import CliError, ExitCode
 from bda_fx.cli.site_graph import site_graph
-from bda_fx.cli.write_output import check_output
-from bda_fx.exporters.place_output import place_output
+from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.report import Report, SiteReport
 
 DRAWERS = {".svg": svg_of, ".dot": dot_of}
@@ -38,7 +37,7 @@ class Picture:
                 f"name it {self.path.with_suffix('.svg')}, or .dot for Graphviz",
                 ExitCode.USAGE,
             )
-        check_output(self.path, force=self.force)
+        check_destination(self.path, overwrite=self.force)
 
     def write(self, original: ExportedProgram, done: Rewrite) -> None:
         """Draw the site.

@@ -18,7 +18,7 @@ from bda_fx.assemble_program import constant_bytes
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.meet_budget import meet_budget
-from bda_fx.exporters.place_output import place_output, require_space
+from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.prove import Run, prove
 from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
 from bda_fx.exporters.time_pairs import time_pairs
@@ -71,7 +71,8 @@ def export_aoti(
         raise ExportError(f"{path}: the name of a package ends with .pt2")
     with place_output(path, overwrite=overwrite) as staging:
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
-        require_space(staging.destination.parent, 2 * (pair.report.bytes_before or 0))
+        needed = 2 * (pair.report.bytes_before or 0)
+        check_destination(staging.destination, overwrite=overwrite, needed=needed)
         settings = dict(inductor_configs or {})
         original: Path | None = None
         if measure:

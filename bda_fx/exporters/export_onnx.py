@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.meet_budget import meet_budget
-from bda_fx.exporters.place_output import place_output, require_space
+from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.prove import prove
 from bda_fx.exporters.rewrite_pair import Pair, require, rewrite_pair
 from bda_fx.exporters.time_pairs import time_pairs
@@ -96,7 +96,8 @@ def export_onnx(
         require("onnxruntime", "'bda-fx[onnx]'", "export_onnx(check=True)")
     with place_output(path, overwrite=overwrite) as staging:
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
-        require_space(staging.destination.parent, 2 * (pair.report.bytes_before or 0))
+        needed = 2 * (pair.report.bytes_before or 0)
+        check_destination(staging.destination, overwrite=overwrite, needed=needed)
         original = staging.scratch / "original.onnx"
         write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
         sites: dict[str, Timing] = {}

@@ -17,7 +17,7 @@ from bda_fx.exporters.export_onnx import write_onnx
 from bda_fx.exporters.exported import Exported, ExportError
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.meet_budget import meet_budget
-from bda_fx.exporters.place_output import place_output, require_space
+from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.prove import prove
 from bda_fx.exporters.rewrite_pair import Pair, require, rewrite_pair
 from bda_fx.exporters.write_evidence import write_evidence
@@ -91,7 +91,8 @@ def export_tensorrt(
 
     with place_output(path, overwrite=overwrite) as staging:
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
-        require_space(staging.destination.parent, 4 * (pair.report.bytes_before or 0))
+        needed = 4 * (pair.report.bytes_before or 0)
+        check_destination(staging.destination, overwrite=overwrite, needed=needed)
         shapes = {**default_profiles(pair.original), **(profiles or {})}
         original, rewritten = (staging.scratch / f"{name}.onnx" for name in ("before", "after"))
         write_onnx(pair.original, original, dynamic_shapes, opset, None, broadcast=True)

@@ -18,6 +18,15 @@ from pathlib import Path
 
 from bda_fx.exporters.exported import ExportError
 
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+ELSEWHERE = "choose another path (-o)"
+"""What both who call a function and who type a command can do."""
+
+
+class PlaceError(ExportError):
+    """An output that cannot be put where it was to go; nothing was left behind."""
+
 
 class Staging:
     """The hidden directory. ``path`` is where the artefact is to be written for now."""
@@ -41,17 +50,11 @@ def place_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[S
     """A place to write ``path`` and files beside it, which appear when the block ends well.
 
     Raises:
-        ExportError: ``path`` exists and ``overwrite`` is not set; its directory does not exist or
-            cannot be written; there is no space left.
+        PlaceError: as ``check_destination``; there is no space left.
     """
     destination = Path(path)
     parent = destination.parent
-    if destination.is_dir():
-        raise ExportError(f"{destination} is a directory: give the name of a file in it")
-    if destination.exists() and not overwrite:
-        raise ExportError(f"{destination} exists: pass overwrite=True, or another path")
-    if not parent.is_dir():
-        raise ExportError(f"{parent} is not a directory: create it, or give another path")
+    check_destination(destination, overwrite=overwrite)
     try:
         directory = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
     except OSError as error:
@@ -66,17 +69,31 @@ def place_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[S
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def require_space(directory: Path, needed: int) -> None:
-    """Refuse to begin what cannot end: ``needed`` bytes that ``directory`` does not have.
+def check_destination(path: Path, *, overwrite: bool, needed: int = 0) -> None:
+    """Look before the work begins whether ``path`` can be written; ``needed`` is in bytes.
 
     Raises:
-        ExportError: with both numbers.
+        PlaceError: it exists and ``overwrite`` is not set, its directory does not exist or cannot
+            be written, or the file system has less than ``needed`` free.
     """
-    free = shutil.disk_usage(directory).free
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise PlaceError(f"{path} is a directory: give the name of a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise PlaceError(
+            f"{path} exists already: replace it with overwrite=True (--force), or {ELSEWHERE}"
+        )
+    if not parent.is_dir():
+        raise PlaceError(f"there is no directory {parent}: create it with mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PlaceError(
+            f"no permission to write in {parent}: {ELSEWHERE}, or change the permissions"
+        )
+    free = shutil.disk_usage(parent).free
     if needed > free:
-        raise ExportError(
-            f"the export needs about {needed:,} bytes in {directory}, which has {free:,} free: "
-            "make room, or give a path elsewhere"
+        raise PlaceError(
+            f"no space to write {path}, about {needed:,} bytes are needed and {free:,} are free: "
+            f"make room, or {ELSEWHERE}"
         )
 
 
@@ -87,8 +104,7 @@ def _move(staging: Staging, overwrite: bool) -> None:
     try:
         for target in staging.files():
             if target.exists():
-                if not overwrite:
-                    raise ExportError(f"{target} exists: pass overwrite=True, or another path")
+                check_destination(target, overwrite=overwrite)
                 kept = staging.scratch / target.name
                 os.replace(target, kept)
                 aside.append((kept, target))
@@ -102,9 +118,12 @@ def _move(staging: Staging, overwrite: bool) -> None:
         raise
 
 
-def _refused(error: OSError, parent: Path) -> ExportError:
-    if error.errno == errno.ENOSPC:
-        return ExportError(f"no space left in {parent}: make room, or give a path elsewhere")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ExportError(f"{parent} cannot be written ({error.strerror}): give a path elsewhere")
-    return ExportError(f"writing to {parent} failed ({error}): give a path elsewhere")
+def _refused(error: OSError, parent: Path) -> PlaceError:
+    if error.errno in NO_ROOM:
+        return PlaceError(
+            f"no space left to write in {parent} ({error.strerror}), and nothing was left behind: "
+            f"make room, or {ELSEWHERE}"
+        )
+    if error.errno in NO_PERMISSION:
+        return PlaceError(f"no permission to write in {parent} ({error.strerror}): {ELSEWHERE}")
+    return PlaceError(f"writing to {parent} failed ({error}): {ELSEWHERE}")

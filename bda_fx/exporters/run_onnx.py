@@ -27,6 +27,37 @@ LEVELS = {
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
+def open_session(
+    path: Path,
+    *,
+    level: str = "all",
+    threads: int = 0,
+    providers: Sequence[str] | None = None,
+    save_optimized: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """Load ``path``; ``threads`` 0 is as many as there are cores.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the model; with its reason.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what fails is raised
+    if save_optimized is not None:
+        options.optimized_model_filepath = str(save_optimized)
+    known = onnxruntime.get_available_providers()
+    chosen = [p for p in providers or PREFERRED if p in known]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=chosen)
+    except Exception as error:  # its classes share no base but Exception
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} does not load the model: "
+            f"{root_cause(error)}; export in float32 or float16, or pass check=False if it is "
+            "meant for another runtime"
+        ) from error
+
+
 class Session:
     """A model in ONNX Runtime, called with the inputs of the program that it was made from."""
 
@@ -40,27 +71,10 @@ class Session:
         providers: Sequence[str] | None = None,
         save_optimized: Path | None = None,
     ) -> None:
-        """Load ``path``; ``threads`` 0 is as many as there are cores.
-
-        Raises:
-            ExportError: ONNX Runtime cannot load the model; with its reason.
-        """
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = LEVELS[level]
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors
-        if save_optimized is not None:
-            options.optimized_model_filepath = str(save_optimized)
-        known = onnxruntime.get_available_providers()
-        chosen = [p for p in providers or PREFERRED if p in known]
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
-        except Exception as error:  # its classes share no base but Exception
-            raise ExportError(
-                f"ONNX Runtime {onnxruntime.__version__} does not load the model: "
-                f"{root_cause(error)}; export in float32 or float16, or pass check=False if it is "
-                "meant for another runtime"
-            ) from error
+        """As :func:`open_session`."""
+        self.session = open_session(
+            path, level=level, threads=threads, providers=providers, save_optimized=save_optimized
+        )
         self.program = program
         self.names = [value.name for value in self.session.get_inputs()]
 
@@ -70,7 +84,7 @@ class Session:
         values = self.program._graph_module_flat_inputs(tuple(args), dict(kwargs))
         specs = self.program.graph_signature.input_specs
         given = {
-            spec.arg.name: _array(value)
+            spec.arg.name: array_of(value)
             for spec, value in zip(specs, values, strict=True)
             if spec.kind is InputKind.USER_INPUT
         }
@@ -96,7 +110,12 @@ class Session:
             ) from error
 
 
-def _array(value: Any) -> np.ndarray[Any, Any]:
+def array_of(value: Any) -> np.ndarray[Any, Any]:
+    """An input as ONNX Runtime takes it.
+
+    Raises:
+        ExportError: it is a bfloat16 tensor, which numpy has no type for.
+    """
     if isinstance(value, Tensor):
         if value.dtype == torch.bfloat16:
             raise ExportError(

@@ -325,7 +325,7 @@ def test_no_space_is_foreseen(
     usage = shutil.disk_usage(out.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     ran = cli("rewrite", bert, "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "are needed, 1000 bytes are free", "-o")
+    assert_refused(ran, ExitCode.CANNOT_WRITE, "bytes are needed and 1,000 are free", "-o")
 
 
 @contextlib.contextmanager

@@ -257,7 +257,7 @@ def test_a_failed_proof_leaves_nothing(tmp_path: Path) -> None:
 def test_an_existing_file_is_refused_before_the_work(tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     path.write_text("mine")
-    with pytest.raises(bda_fx.ExportError, match="exists: pass overwrite=True"):
+    with pytest.raises(bda_fx.ExportError, match="exists already: replace it with overwrite=True"):
         bda_fx.export_onnx(nn.Identity(), path, ("not looked at",))
     assert path.read_text() == "mine"
 

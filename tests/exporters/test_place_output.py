@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bda_fx.exporters.exported import ExportError
-from bda_fx.exporters.place_output import place_output, require_space
+from bda_fx.exporters.place_output import PlaceError, check_destination, place_output
 
 
 def write(path: Path, *, overwrite: bool = False, text: str = "new") -> None:
@@ -48,7 +48,10 @@ def test_nothing_is_left_behind(tmp_path: Path, error: BaseException) -> None:
 
 def test_an_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
     write(tmp_path / "a", text="old")
-    with pytest.raises(ExportError, match="exists: pass overwrite=True, or another path"):
+    with pytest.raises(
+        ExportError,
+        match=r"exists already: .* overwrite=True \(--force\), or",
+    ):
         write(tmp_path / "a")
     assert contents(tmp_path) == {"a": "old", "a.data": "old"}
     write(tmp_path / "a", overwrite=True)
@@ -57,7 +60,7 @@ def test_an_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
 
 def test_a_file_beside_it_is_kept_too(tmp_path: Path) -> None:
     (tmp_path / "a.data").write_text("mine")
-    with pytest.raises(ExportError, match=r"a\.data exists"):
+    with pytest.raises(ExportError, match=r"a\.data exists already"):
         write(tmp_path / "a")
     assert contents(tmp_path) == {"a.data": "mine"}
 
@@ -73,7 +76,7 @@ def test_what_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(ExportError, match=r"no space left in .*: make room, or give a path"):
+    with pytest.raises(ExportError, match=r"no space left to write in .*: make room, or"):
         write(tmp_path / "a", overwrite=True)
     assert contents(tmp_path) == {"a": "old", "a.data": "old"}
 
@@ -81,16 +84,16 @@ def test_what_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
 def test_bad_places(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is a directory: give the name of a file in it"):
         write(tmp_path)
-    with pytest.raises(ExportError, match="absent is not a directory: create it"):
+    with pytest.raises(ExportError, match=r"no directory .*absent: create it with mkdir"):
         write(tmp_path / "absent" / "a")
 
 
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        (errno.EACCES, r"cannot be written \(Permission denied\): give a path elsewhere"),
-        (errno.EROFS, r"cannot be written \(Read-only file system\)"),
-        (errno.ENOSPC, "no space left in"),
+        (errno.EACCES, r"no permission to write in .* \(Permission denied\): choose another path"),
+        (errno.EROFS, r"no permission to write in .* \(Read-only file system\)"),
+        (errno.ENOSPC, "no space left to write in"),
         (errno.EIO, "writing to .* failed"),
     ],
 )
@@ -107,6 +110,13 @@ def test_errors_of_the_file_system_say_what_to_do(tmp_path: Path, code: int, tex
 
 def test_space_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    require_space(tmp_path, 1)
-    with pytest.raises(ExportError, match=r"needs about 2,000 bytes in .*, which has 1 free"):
-        require_space(tmp_path, 2000)
+    check_destination(tmp_path / "a", overwrite=False, needed=1)
+    with pytest.raises(PlaceError, match=r"about 2,000 bytes are needed and 1 are free: make room"):
+        check_destination(tmp_path / "a", overwrite=False, needed=2000)
+
+
+def test_a_link_to_nowhere_is_an_output_too(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "absent")
+    with pytest.raises(PlaceError, match="exists already"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
