@@ -69,7 +69,7 @@ def slower(report: Report, timings: tuple[Timing, ...]) -> list[str]:
 def _kind(program: ExportedProgram, site: SiteReport) -> Kind | None:
     """None where the program does not show how many rows the projection has."""
     weight = program.state_dict.get(site.name)
-    rows = _rows(program, site.name)
+    rows = rows_of(program, site.name)
     known = (site.kv_heads, site.decomposed, site.in_features, site.basis_size)
     if not isinstance(weight, Tensor) or rows is None or None in known:
         return None
@@ -82,7 +82,7 @@ def _kind(program: ExportedProgram, site: SiteReport) -> Kind | None:
     return Kind(rows, *ends, heads, size, outputs, dtype)
 
 
-def _rows(program: ExportedProgram, weight: str) -> int | None:
+def rows_of(program: ExportedProgram, weight: str) -> int | None:
     """Rows of x of the linear that reads a weight, at the sizes of the export's example."""
     names = program.graph_signature.inputs_to_parameters
     holders = [n for n in program.graph.find_nodes(op="placeholder") if names.get(n.name) == weight]
