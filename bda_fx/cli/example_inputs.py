@@ -73,8 +73,9 @@ def made_inputs(model: nn.Module, settings: Settings, seed: int = 0) -> dict[str
     names += ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
     names += ["attention_mask"] if "input_ids" in names else []
     inputs = {}
-    for name in parameters:
-        if name not in names:
+    for name, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind in _CATCH_ALL
+        if name not in names and optional:
             continue
         if name not in _MAKERS:
             raise CliError(
@@ -93,8 +94,9 @@ def made_inputs(model: nn.Module, settings: Settings, seed: int = 0) -> dict[str
 
 def _tokens(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None) or settings.length
-    shape = (settings.batch, min(settings.length, most))
+    most = getattr(text, "max_position_embeddings", None)
+    limited = isinstance(most, int) and most > 0  # -1 stands for any length
+    shape = (settings.batch, min(settings.length, most) if limited else settings.length)
     return torch.randint(text.vocab_size, shape, generator=random)
 
 
@@ -107,14 +109,25 @@ def _pixels(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
     size = getattr(vision, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", 3)
-    return torch.randn(settings.batch, channels, height, width, generator=random)
+    frames = getattr(vision, "num_frames", None)  # of a film
+    batch = (settings.batch,) if frames is None else (settings.batch, frames)
+    return torch.randn(*batch, channels, height, width, generator=random)
 
 
 def _frames(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
-    """Log-mel features; Whisper's encoder takes a fixed number of frames, two to a position."""
-    bins = getattr(config, "num_mel_bins", getattr(config, "feature_size", 80))
-    frames = 2 * getattr(config, "max_source_positions", 50)
-    return torch.randn(settings.batch, bins, frames, generator=random)
+    """Features of sound. Which axis holds time, and whether it may have any length, is told by what
+    the config calls the others."""
+    audio = getattr(config, "audio_config", config)
+    bins = getattr(audio, "num_mel_bins", getattr(audio, "feature_size", 80))
+    each = getattr(audio, "feature_projection_input_dim", None)
+    each = getattr(audio, "input_feat_per_channel", each)
+    if each is not None:  # [batch, time, features]
+        shape: tuple[int, ...] = (settings.length, each * getattr(audio, "input_channels", 1))
+    elif hasattr(audio, "spec_size"):  # as a picture: [batch, 1, time, mel], filled to a square
+        shape = (1, audio.spec_size * (audio.spec_size // bins), bins)
+    else:  # log-mel of a fixed time, two frames to a position: [batch, mel, time]
+        shape = (bins, 2 * getattr(audio, "max_source_positions", 50))
+    return torch.randn(settings.batch, *shape, generator=random)
 
 
 def _samples(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
@@ -125,6 +138,8 @@ def _samples(config: Any, settings: Settings, random: torch.Generator) -> Tensor
         shape = (settings.batch, 8000)
     return torch.randn(shape, generator=random)
 
+
+_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 _MAKERS: Mapping[str, Callable[[Any, Any, torch.Generator], Tensor]] = {
     "input_ids": _tokens,

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from bda_fx.cli.errors import ExitCode
+from bda_fx.cli.example_inputs import made_inputs
+from bda_fx.cli.open_model import Settings
 from tests.cli.conftest import Cli
 
 transformers = pytest.importorskip("transformers")
@@ -76,6 +79,36 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def videomae() -> Any:
+    config = transformers.VideoMAEConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        image_size=32, patch_size=16, num_frames=4,
+    )  # fmt: skip
+    return transformers.VideoMAEModel(config)
+
+
+def speech2text() -> Any:
+    config = transformers.Speech2TextConfig(
+        d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, conv_channels=16,
+        input_feat_per_channel=8, decoder_start_token_id=2, **SMALL,
+    )  # fmt: skip
+    return transformers.Speech2TextModel(config)
+
+
+def clap() -> Any:
+    config = transformers.ClapAudioConfig(
+        spec_size=64, num_mel_bins=16, patch_size=4, patch_stride=[4, 4], hidden_size=32,
+        patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[2, 4], window_size=4,
+    )  # fmt: skip
+    return transformers.ClapAudioModel(config)
+
+
+def xlnet() -> Any:
+    config = transformers.XLNetConfig(d_model=24, n_layer=1, n_head=4, d_inner=32, **SMALL)
+    return transformers.XLNetModel(config)
+
+
 MODELS: dict[str, tuple[Callable[[], Any], set[str], int]] = {
     # model, its inputs, attention products (one rotated or position-free pair a layer)
     "T5": (t5, {"input_ids", "attention_mask", "decoder_input_ids"}, 6),
@@ -130,3 +163,33 @@ def test_caches(cli: Cli, tmp_path: Path, name: str, cache: str, products: int) 
     assert all(site["reason"].startswith("returned by the program") for site in skips)
     assert len(skips) == (6 if name == "T5" else 2) - products
     assert cli("inspect", out, "--json").code == 0  # the file loads
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (videomae, {"pixel_values": (2, 4, 3, 32, 32)}),  # a film: [batch, frames, …]
+        (speech2text, {"input_features": (2, 9, 8), "decoder_input_ids": (2, 9)}),
+        (clap, {"input_features": (2, 1, 256, 16)}),
+        (xlnet, {"input_ids": (2, 9), "attention_mask": (2, 9)}),  # of any length: -1 positions
+    ],
+)
+def test_made_up_inputs_run(make: Callable[[], Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    model = make().eval()
+    made = made_inputs(model, Settings(length=9))
+    assert {name: tuple(value.shape) for name, value in made.items()} == shapes
+    with torch.no_grad():
+        model(**made)
+
+
+def test_an_input_that_cannot_be_made_up(cli: Cli, tmp_path: Path) -> None:
+    """It is named, with the ways to give it."""
+    config = transformers.Blip2QFormerConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        encoder_hidden_size=24, vocab_size=50,
+    )  # fmt: skip
+    home = saved(lambda: transformers.Blip2QFormerModel(config), tmp_path / "model")
+    ran = cli("inspect", home)
+    assert ran.code == ExitCode.CANNOT_CONVERT
+    assert "no example can be made up for the input 'query_embeds'" in ran.err
+    assert "--inputs" in ran.err
