@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from bda_fx.cli.app import app
+from bda_fx.cli.errors import ExitCode
 
 HIDDEN, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 40
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "jumps", "over", "a", "dog"]
@@ -46,6 +48,35 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
         return Ran(done.exit_code, done.stdout, done.stderr)
 
     return run
+
+
+def assert_refused(ran: Ran, code: ExitCode, says: str, remedy: str) -> None:
+    """One line that ``says`` what is wrong, one with the ``remedy``, and nothing on stdout."""
+    assert ran.code == code, ran.err
+    lines = [line for line in ran.err.splitlines() if not line.endswith("…")]  # progress
+    assert len(lines) == 2, ran.err
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert remedy in lines[1]
+    assert ran.out == ""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where to write; the folder must be empty after the test."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder / "model.pt2"
+    assert files(folder) == set()
+
+
+class Relu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+
+def relu() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Relu(), (torch.ones(3, 2),)
 
 
 def save_bert(path: Path, **settings: Any) -> Path:

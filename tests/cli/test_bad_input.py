@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,29 +13,7 @@ from torch import nn
 
 from bda_fx import choose_truth
 from bda_fx.cli.errors import ExitCode
-from tests.cli.conftest import Cli, Ran, change_config, files, save_bert
-
-ROOT = Path(__file__).parents[2]
-
-
-def assert_refused(ran: Ran, code: ExitCode, says: str, remedy: str) -> None:
-    """One line that ``says`` what is wrong, one with the ``remedy``, and nothing on stdout."""
-    assert ran.code == code, ran.err
-    lines = [line for line in ran.err.splitlines() if not line.endswith("…")]  # progress
-    assert len(lines) == 2, ran.err
-    assert lines[0].startswith("error: ")
-    assert says in lines[0]
-    assert remedy in lines[1]
-    assert ran.out == ""
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Iterator[Path]:
-    """Where to write; the folder must be empty after the test."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    yield folder / "model.pt2"
-    assert files(folder) == set()
+from tests.cli.conftest import Cli, Relu, assert_refused, change_config, save_bert
 
 
 def copy_of(bert: Path, tmp_path: Path) -> Path:
@@ -246,15 +217,6 @@ def test_a_program_whose_sizes_are_code(cli: Cli, here: Path, out: Path, express
     assert_refused(ran, ExitCode.CANNOT_OPEN, "no expression of sizes", "--unsafe")
 
 
-class Relu(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.relu()
-
-
-def relu() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    return Relu(), (torch.ones(3, 2),)
-
-
 def change_program(path: Path, old: str | None, new: str) -> None:
     """A program with something else in its graph; for ``old`` None in its size expressions."""
     import zipfile
@@ -291,60 +253,6 @@ def swap_expressions(value: object, new: str) -> int:
     return sum(swap_expressions(item, new) for item in value) if isinstance(value, list) else 0
 
 
-# -- the output ---------------------------------------------------------------------------------
-
-
-def test_an_existing_output(cli: Cli, bert: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.pt2"
-    out.write_text("precious")
-    ran = cli("rewrite", bert, "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "exists already", "--force")
-    assert files(tmp_path) == {"model.pt2"}
-    assert out.read_text() == "precious"
-
-
-def test_a_suffix_that_says_something_else(cli: Cli, bert: Path, tmp_path: Path) -> None:
-    ran = cli("rewrite", bert, "-o", tmp_path / "model.onnx")
-    assert_refused(ran, ExitCode.USAGE, "wrong suffix", "model.pt2")
-
-
-def test_a_folder_that_is_not_there(cli: Cli, bert: Path, tmp_path: Path) -> None:
-    ran = cli("rewrite", bert, "-o", tmp_path / "new/model.pt2")
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "no directory", "mkdir -p")
-
-
-def test_no_permission(cli: Cli, bert: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write everywhere
-    ran = cli("rewrite", bert, "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "no permission", "-o")
-
-
-def test_no_space_is_foreseen(
-    cli: Cli, bert: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(out.parent)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    ran = cli("rewrite", bert, "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "bytes are needed and 1,000 are free", "-o")
-
-
-@contextlib.contextmanager
-def file_size_limit(most: int) -> Iterator[None]:
-    """Writes beyond ``most`` bytes of a file fail with EFBIG, as they do on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_no_space_while_it_is_written(cli: Cli, rewritten: Path, out: Path) -> None:
-    with file_size_limit(20_000):
-        ran = cli("rewrite", rewritten, "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_WRITE, "no space", "nothing was left behind")
-
-
 def test_no_memory_is_foreseen(
     cli: Cli, bert: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,44 +261,7 @@ def test_no_memory_is_foreseen(
     assert_refused(ran, ExitCode.NO_MEMORY, "not enough memory", "--no-memory-check")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED)],
-)
-def test_a_signal_while_it_is_written(out: Path, number: signal.Signals, code: ExitCode) -> None:
-    slow = (
-        "import signal, sys, time, torch\n"
-        "import bda_fx.cli.app as app\n"
-        # A shell starts what runs in its background with interrupts ignored: these tests, perhaps.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "def save(program, file):\n"
-        "    file.write(b'half')\n"
-        "    print('half is written', flush=True, file=sys.__stderr__)\n"
-        "    time.sleep(60)\n"
-        "torch.export.save = save\n"
-        "app.main()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, "rewrite", f"{__name__}:relu", "-o", str(out)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    heard: list[str] = []
-    for line in process.stderr:
-        heard.append(line)
-        if "half is written" in line:
-            break
-    assert process.poll() is None, "".join(heard)
-    assert any(path.name == "model.pt2" for path in out.parent.rglob("*"))  # half of it
-    time.sleep(0.1)
-    process.send_signal(number)
-    rest = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == code
-    assert rest[0].startswith("error: "), rest
-    assert "nothing was left behind" in rest[1]
-    assert len(rest) == 2
+# -- notes and JSON ----------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_lacks_weights_is_said(cli: Cli, tmp_path: Path, out: Path) -> None:

@@ -91,6 +91,53 @@ def test_verify_compares_two_files(cli: Cli, exported: tuple[Ran, Path], tmp_pat
     assert "NOT EQUIVALENT" in ran.out
 
 
+FORMS = ["directory", "program", "onnx"]
+
+
+@pytest.mark.parametrize("a", FORMS)
+@pytest.mark.parametrize("b", FORMS)
+def test_verify_takes_any_two(
+    cli: Cli, bert: Path, rewritten: Path, exported: tuple[Ran, Path], a: str, b: str
+) -> None:
+    """The same model in two forms, of either side; the very same is exactly as noisy as itself."""
+    path = {"directory": bert, "program": rewritten, "onnx": exported[1]}
+    ran = cli("verify", path[a], path[b], "--count", 2, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.data["num_inputs"] == 2 or not ran.data["inputs_are_real"]
+    assert 0 < ran.data["noise_ratio"] < 4
+    if a == b:
+        assert ran.data["noise_ratio"] == 1.0
+
+
+def test_every_option_of_an_export(cli: Cli, bert: Path, tmp_path: Path) -> None:
+    """Each does what its name says, and the evidence tells of it."""
+    text, out = tmp_path / "text.txt", tmp_path / "small.onnx"
+    text.write_text("the fox jumps over a dog\nthe dog\na fox\nthe fox jumps\n")
+    command = [
+        "export", bert, "--to", "onnx", "-o", out, "--task", "fill-mask", "--dtype", "float16",
+        "--static", "--batch", 3, "--length", 9, "--noise-budget", 3, "--calibration", text,
+        "--opset", 20, "--budget", 5, "--side", "kv", "--no-measure", "--quiet", "--json",
+    ]  # fmt: skip
+    ran = cli(*command)
+    assert ran.code == 0, ran.err
+    assert all("random" in line for line in ran.err.splitlines())  # a note: the head has no weights
+    model = onnx.load(out)
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    assert {shape[0] for shape in shapes.values()} == {3}  # --static --batch 3
+    (logits,) = model.graph.output
+    assert logits.name == "logits"  # --task fill-mask
+    assert logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16  # --dtype
+    assert model.opset_import[0].version == 20
+    assert ran.data["identity"]["options"]["noise_budget"] == 3
+    assert ran.data["identity"]["options"]["side"] == "kv"
+    assert ran.data["details"]["proof"]["limit"] == 5
+    assert ran.data["timings"] == []  # --no-measure
+    assert ran.data["fidelity"]["inputs"] == "given"  # lines of the text
+
+
 class Plain(nn.Module):
     """No attention, so that a file of it has the very weights; with a cast."""
 
