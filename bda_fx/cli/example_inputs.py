@@ -95,8 +95,10 @@ def made_inputs(model: nn.Module, settings: Settings, seed: int = 0) -> dict[str
 def _tokens(config: Any, settings: Settings, random: torch.Generator) -> Tensor:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
-    limited = isinstance(most, int) and most > 0  # -1 stands for any length
-    shape = (settings.batch, min(settings.length, most) if limited else settings.length)
+    length = settings.length
+    if isinstance(most, int) and most > 0:  # -1 stands for any length
+        length = min(length, most)
+    shape = (settings.batch, length)
     return torch.randint(text.vocab_size, shape, generator=random)
 
 

@@ -11,6 +11,12 @@ M² - 1, and the next plan is for
 
     P'² - 1 = (budget² - 1) / g,       g = (M² - 1) / (P² - 1)
 
+Planning from a runtime's own rates of rounding would start nearer and end at the same. What is left
+is new weights rounded anew: ONNX Runtime on CPU computes most of a float16 graph in float32, on
+float16 weights that are exact by definition. Six products of MiniLM-L6, each alone and on windows,
+add 0.25 … 0.4 of the original's squared noise there at r = D / 2 and 0.4 … 0.52 at 7/8 D (two of
+them on pivoted rows 0.27, 0.29 and 0.33, 0.39), where a budget of 1.25 allows 0.56 in all.
+
 The last plan is for no excess at all. What is measured need not be in proportion, so a plan that
 passes with less than half of what it may add is followed by one or two between it and the smallest
 that failed; the largest that passes is what is delivered.

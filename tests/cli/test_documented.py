@@ -1,4 +1,4 @@
-"""Every block of code in the README and in the guide for GPUs runs, or it says here why it cannot.
+"""Every block of code in the README and the guides runs, or it says here why it cannot.
 
 Python blocks of a page share names, as they do for a reader; each starts in a directory of its own.
 """
@@ -18,7 +18,7 @@ import pytest
 from tests.cli.conftest import Cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "examples/deploy_on_gpu.md")
+PAGES = ("README.md", "examples/guide.md", "examples/deploy_on_gpu.md")
 
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")

@@ -237,6 +237,22 @@ def test_sites_are_timed(tmp_path: Path) -> None:
     assert slower(report, (timing_with_name(timings[0], "k.weight (qk)", 0.5),)) == ["k.weight"]
 
 
+@pytest.mark.parametrize("side", ["kv", "qo"])
+def test_a_site_is_timed_as_the_program_has_it(side: str) -> None:
+    """Batches of matrices, and the timed form computes something of the right shape."""
+    program = export_module(Attention(4, 4, 6, 24), (torch.randn(2, 5, 24),))
+    options = {"basis": "window", "basis_size": 2 / 3, "side": side, "products": ("vo",)}
+    report = bda_fx.analyze(program, options=options)
+    (site,) = report.rewritten
+    kind = timing_of_sites._kind(program, site)
+    assert kind is not None
+    assert kind.leading == (2, 5)
+    x = np.ones((2, 5, kind.in_features), np.float32)
+    for body, shapes in (timing_of_sites._original(kind), timing_of_sites._new(kind)):
+        session = timing_of_sites._session(body, shapes, kind, 1)
+        assert session.run(None, {"x": x})[0].shape == (2, 5, kind.out_features)
+
+
 def timing_with_name(timing: Timing, name: str, speedup: float | None = None) -> Timing:
     from dataclasses import replace
 
