@@ -86,7 +86,7 @@ def _kind(program: ExportedProgram, site: SiteReport) -> Kind | None:
 
 
 def leading_sizes(program: ExportedProgram, weight: str) -> tuple[int, ...] | None:
-    """Sizes of what the linear with a weight reads, but for its features, at the example's sizes."""
+    """Sizes of what the linear of a weight reads, but for its features, at the example."""
     names = program.graph_signature.inputs_to_parameters
     holders = [n for n in program.graph.find_nodes(op="placeholder") if names.get(n.name) == weight]
     if not holders:
