@@ -133,7 +133,7 @@ def export_model(
         check_destination(out, overwrite=force)
         exporter = getattr(bda_fx, EXPORTERS[target])
         opened = _open(name, _with_space(settings, out, force), stages)
-        with _steps(stages, f"exporting to {target}"):
+        with _steps(stages, f"exporting to {target}", None):  # how many plans it takes shows later
             program = program_of(opened, stages)
             exported = exporter(
                 program,
@@ -254,9 +254,9 @@ def open_sizes(program: ExportedProgram) -> dict[str, list[str | int]]:
 
 
 @contextlib.contextmanager
-def _steps(stages: Stages, name: str) -> Iterator[None]:
-    """A stage that counts the steps of the pipeline."""
-    with stages.stage(name, STEPS) as stage:
+def _steps(stages: Stages, name: str, total: int | None = STEPS) -> Iterator[None]:
+    """A stage that counts the steps of the pipeline and names them."""
+    with stages.stage(name, total) as stage:
         token = on_step.set(stage.advance)
         try:
             yield

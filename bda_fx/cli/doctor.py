@@ -93,7 +93,7 @@ def _abilities() -> list[Ability]:
         _ability("Hugging Face directories", "hf", "transformers", "safetensors"),
         _ability("timm models", "", "timm"),
         _ability("export --to onnx", "onnx", "onnx", "onnxscript", "onnxruntime"),
-        _ability("export --to tensorrt", "tensorrt", "onnxscript", "tensorrt_rtx_bindings"),
+        _ability("export --to tensorrt", "onnx,tensorrt", "onnxscript", "tensorrt_rtx_bindings"),
         _compiled("export --to aoti"),
         _compiled('torch.compile(backend="bda")'),
         _ability("verify an ONNX file", "onnx", "onnx", "onnxruntime"),

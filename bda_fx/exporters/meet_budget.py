@@ -33,6 +33,7 @@ from bda_fx.exporters.rewrite_pair import Pair
 from bda_fx.fidelity_report import Fidelity
 from bda_fx.generate_inputs import Inputs
 from bda_fx.passes.plan_sites import CHANCE
+from bda_fx.pipeline import on_step
 
 PLANS = 6
 """Most plans until one passes, with the first one and the one for no excess."""
@@ -74,6 +75,8 @@ def meet_budget(
     while True:
         pair = settle(pair)
         planned.append(pair.noise_budget)
+        if (say := on_step.get()) is not None:
+            say(f"plan {len(planned)}, translate and prove")
         try:
             fidelity = attempt(pair, budget)
         except ExportError as error:

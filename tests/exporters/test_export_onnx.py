@@ -18,8 +18,10 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'bda-fx[onn
 
 import bda_fx  # noqa: E402
 from bda_fx.api import export_module  # noqa: E402
+from bda_fx.exporters import export_onnx as exporter  # noqa: E402
 from bda_fx.exporters import time_sites as timing_of_sites  # noqa: E402
 from bda_fx.exporters.exported import Timing  # noqa: E402
+from bda_fx.exporters.measure_onnx import weight_bytes  # noqa: E402
 from bda_fx.exporters.run_onnx import LEVELS  # noqa: E402
 from bda_fx.exporters.time_sites import slower, time_sites  # noqa: E402
 from bda_fx.exporters.translate_onnx import axis_names, output_names  # noqa: E402
@@ -210,7 +212,9 @@ def test_a_slower_site_keeps_its_form(tmp_path: Path, monkeypatch: pytest.Monkey
         )
 
     monkeypatch.setattr(timing_of_sites, "time_sites", told)
-    result = export(small(), tmp_path / "a.onnx", options=FULL)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "_time", lambda *_: ())  # a model so small may be any speed
+        result = export(small(), tmp_path / "a.onnx", options=FULL)
     assert [s.product for s in result.report.rewritten] == ["vo"]
     assert [s.reason for s in result.report.skipped if s.product == "qk"] == [
         "left out by the options (at p_k_weight): keep='k.weight'"
@@ -222,6 +226,41 @@ def test_a_slower_site_keeps_its_form(tmp_path: Path, monkeypatch: pytest.Monkey
     rewritten = export(small(), tmp_path / "b.onnx", options=FULL, keep_slower=True)
     assert len(rewritten.report.rewritten) == 2
     assert [t.pairs >= 9 for t in rewritten.timings] == [True, True]
+
+
+@pytest.mark.parametrize(("slow_with", "left"), [(2, ["vo"]), (1, []), (3, ["qk", "vo"])])
+def test_a_slower_model_gives_sites_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_with: int, left: list[str]
+) -> None:
+    """Each site is faster by itself, V more than K; the model is slow with ``slow_with`` sites or
+    more, so K goes first."""
+    speeds = {"qk": 1.1, "vo": 1.2}
+
+    def of_sites(program: Any, report: bda_fx.Report, threads: int) -> tuple[Timing, ...]:
+        return tuple(
+            Timing(f"{s.name} ({s.product})", 1.0, 1.0, speeds[s.product], (1.0, 1.3), 9)
+            for s in report.rewritten
+        )
+
+    def of_model(before: Any, after: Any, batches: Any) -> tuple[Timing, ...]:
+        sites = (weight_bytes(written[0]) - weight_bytes(written[-1])) // (24 * 6 * 4)
+        high = 0.99 if sites >= slow_with else 1.01
+        return (Timing("x", 1.0, 1.0, high - 0.01, (high - 0.02, high), 9),)
+
+    written: list[Path] = []
+    write = exporter.write_onnx
+
+    def noted(program: Any, path: Path, *rest: Any, **named: Any) -> Any:
+        written.append(path)
+        return write(program, path, *rest, **named)
+
+    monkeypatch.setattr(timing_of_sites, "time_sites", of_sites)
+    monkeypatch.setattr(exporter, "write_onnx", noted)
+    monkeypatch.setattr(exporter, "_time", of_model)
+    result = export(small(), tmp_path / "a.onnx", options=FULL)
+    assert [s.product for s in result.report.rewritten] == left
+    assert not left or not exporter.is_slower(result.timings[0])
+    assert result.bytes_saved == result.report.bytes_before - result.report.bytes_after  # type: ignore[operator]
 
 
 def test_sites_are_timed(tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_a_plan_that_leaves_room_is_followed_by_a_larger_one() -> None:
     assert delivered[-1] == pair.noise_budget == max(b for b in delivered if b <= 1.2)
 
 
+def test_progress_tells_each_plan() -> None:
+    from bda_fx.pipeline import on_step
+
+    heard: list[str] = []
+    pair = pair_for()
+    token = on_step.set(heard.append)
+    try:
+        _, _, way = meet_budget(pair, Runtime(8.0), None, None)
+    finally:
+        on_step.reset(token)
+    plans = [text for text in heard if text.startswith("plan ")]
+    assert len(plans) == len(way["planned_for"]) > 1
+    assert plans[1] == "plan 2, translate and prove"
+
+
 def test_the_last_plan_is_for_no_excess() -> None:
     plans: list[float] = []
 
