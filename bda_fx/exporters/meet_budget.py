@@ -19,7 +19,8 @@ them on pivoted rows 0.27, 0.29 and 0.33, 0.39), where a budget of 1.25 allows 0
 
 The last plan is for no excess at all. What is measured need not be in proportion, so a plan that
 passes with less than half of what it may add is followed by one or two between it and the smallest
-that failed; the largest that passes is what is delivered.
+that failed, where a line through both measurements meets the budget; the largest that passes is
+what is delivered.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def meet_budget(
         budget = SAME_MODEL if open_end else pair.noise_budget
     planned: list[float] = []
     measured: list[float] = []
-    failed, larger = math.inf, LARGER
+    failed: tuple[float, float] | None = None  # budget of the plan, noise measured
+    larger = LARGER
     passed: tuple[Pair, Fidelity] | None = None
     while True:
         pair = settle(pair)
@@ -84,17 +86,17 @@ def meet_budget(
             if error.fidelity is None or fixed or out_of_plans or not pair.report.rewritten:
                 raise
             measured.append(error.fidelity.noise_ratio)
-            failed = pair.noise_budget
+            failed = pair.noise_budget, measured[-1]
         else:
             measured.append(fidelity.noise_ratio)
             passed = pair, fidelity
         if passed is None:
             smaller = _smaller(pair, budget, measured[-1], last=len(planned) == PLANS - 1)
-        elif not larger or failed == math.inf or not _has_room(passed[1], budget):
+        elif not larger or failed is None or not _has_room(passed[1], budget):
             break
         else:
             larger -= 1
-            smaller = _between(passed[0].noise_budget, failed)
+            smaller = _between((passed[0].noise_budget, passed[1].noise_ratio), failed, budget)
         pair = pair.replanned(smaller, calibration)
     if passed[0] is not pair:
         passed = passed[0], attempt(passed[0], budget)  # what failed lies where it had been written
@@ -107,10 +109,13 @@ def _has_room(fidelity: Fidelity, budget: float) -> bool:
     return 2 * (fidelity.noise_ratio**2 - 1) < budget**2 - 1
 
 
-def _between(low: float, high: float) -> float:
-    """The budget whose excess is the geometric mean of those of two others; ``low`` may be 1."""
-    least, most = (b**2 - 1 for b in (low, high))
-    return math.sqrt(1 + math.sqrt(max(least, most / 16) * most))
+def _between(low: tuple[float, float], high: tuple[float, float], budget: float) -> float:
+    """The budget of a plan between one that passed and one that failed, each with its measured
+    noise: where a line through the two (in excess, planned and measured) meets ``budget``."""
+    (planned, found), (most, too_much) = ([b**2 - 1 for b in end] for end in (low, high))
+    allowed = max((budget / CHANCE) ** 2 - 1, 0.0)
+    part = (allowed - found) / (too_much - found) if math.isfinite(too_much) else 0.5
+    return math.sqrt(1 + planned + min(max(part, 0.1), 0.9) * (most - planned))
 
 
 def _smaller(pair: Pair, budget: float, measured: float, *, last: bool) -> float:

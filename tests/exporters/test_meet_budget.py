@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from bda_fx.api import export_module
 from bda_fx.exporters.exported import ExportError
-from bda_fx.exporters.meet_budget import LARGER, PLANS, SAME_MODEL, meet_budget
+from bda_fx.exporters.meet_budget import LARGER, PLANS, SAME_MODEL, _between, meet_budget
 from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
 from bda_fx.fidelity_report import Fidelity, OutputFidelity
 from tests.programs import Attention, example
@@ -78,6 +79,15 @@ def test_a_plan_that_leaves_room_is_followed_by_a_larger_one() -> None:
     assert delivered[-1] == pair.noise_budget == max(b for b in delivered if b <= 1.2)
 
 
+def test_a_larger_plan_is_sought_where_the_measurements_point() -> None:
+    """The fifth plan of float16 rxnfp failed by a hundredth, and the last one is for nothing."""
+    found = _between((1.0, 1.0), (1.0237, 1.264), 1.25)
+    assert 1.018 < found < 1.0237
+    assert _between((1.0, 1.0), (1.0237, math.inf), 1.25) == pytest.approx(1.0119, abs=1e-4)
+    nearly = _between((1.02, 1.2), (1.03, 1.2251), 1.25)  # both almost there: not beyond the end
+    assert 1.02 < nearly < 1.03
+
+
 def test_progress_tells_each_plan() -> None:
     from bda_fx.pipeline import on_step
 
@@ -88,7 +98,7 @@ def test_progress_tells_each_plan() -> None:
         _, _, way = meet_budget(pair, Runtime(8.0), None, None)
     finally:
         on_step.reset(token)
-    plans = [text for text in heard if text.startswith("plan ")]
+    plans = [text for text in heard if text.endswith("translate and prove")]
     assert len(plans) == len(way["planned_for"]) > 1
     assert plans[1] == "plan 2, translate and prove"
 
