@@ -36,6 +36,11 @@ RANK_TOLERANCE = 1e-13
 zero. The rounding of a product in float64 leaves eps × √n = 5e-15 at n = 512 where a zero should
 be; anything larger is data, however badly conditioned, and ``residual`` shows what it costs."""
 
+HALF = (torch.float16, torch.bfloat16)
+WELL_CONDITIONED = 1e3
+"""Condition of S up to which half-precision vectors are turned in float32: what cancels in a sum is
+at most this share of it, and 1e3 × 1e-7 is a fifth of a float16 rounding at the very worst."""
+
 FLATTEST = 1e-6
 """Directions in which a product has less than this share of its largest energy are not balanced any
 further: what they carry is not heard, and S would be badly conditioned."""
@@ -100,8 +105,9 @@ def change_basis(
     below = heads[:, rest]
     if bias is not None:
         below = torch.cat([below, bias.unsqueeze(1)], 1)
-    s = _complete(heads, rows, bias, moments)[0]
-    sizes = torch.linalg.svdvals(s)
+    s, sizes, _ = _complete(heads, rows, bias, moments)
+    if len(rows) < s.shape[1]:
+        sizes = torch.linalg.svdvals(s)
     floor = RANK_TOLERANCE * sizes[:, :1].clamp_min(SMALLEST)
     nonzero = sizes > floor
     smallest = torch.where(nonzero, sizes, torch.inf).amin(-1)
@@ -139,19 +145,25 @@ def complete_basis(
     The condition is inf where some head lacks rank on the rows; the change of basis may be exact
     even so, which ``change_basis`` tells.
     """
-    return _complete(heads.double(), rows, None if bias is None else bias.double(), moments)
+    wide = None if bias is None else bias.double()
+    s, _, condition = _complete(heads.double(), rows, wide, moments)
+    return s, condition
 
 
 def turn_vectors(
     vectors: Tensor, change: ChangeOfBasis, groups: Tensor, *, against: bool
 ) -> Tensor:
-    """``vectors`` [n, M, D] of the heads ``groups`` [n] in the new basis, float64.
+    """``vectors`` [n, M, D] of the heads ``groups`` [n] in the new basis, float64; float32 where
+    theirs is a half-precision dtype and S is well conditioned, so that rounding them to it hides
+    how they were computed.
 
     ``against``: they meet the decomposed features (queries, outputs) and turn by Sᵀ, so that every
     product stays; otherwise they turn along with them, by S⁻¹.
     """
-    turn = change.s.mT if against else change.s_inv
-    return vectors.double() @ turn[groups]
+    turn = (change.s.mT if against else change.s_inv)[groups]
+    short = vectors.dtype in HALF and change.condition <= WELL_CONDITIONED
+    dtype = torch.float32 if short else torch.float64
+    return vectors.to(dtype) @ turn.to(dtype)
 
 
 def _relative_norms(error: Tensor, whole: Tensor) -> Tensor:
@@ -166,10 +178,11 @@ def _relative_norms(error: Tensor, whole: Tensor) -> Tensor:
 
 def _complete(
     heads: Tensor, rows: Tensor, bias: Tensor | None, moments: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor, float]:
     """S [G, D, D]: the basis rows W_B and D - r scaled rows under them.
 
-    Also the largest condition of any W_B: inf where a head lacks rank on the rows.
+    Also the singular values [G, r] of every W_B, and the largest condition of any: inf where a head
+    lacks rank on the rows.
     """
     top = heads[:, rows]
     r, d = top.shape[1:]
@@ -178,7 +191,7 @@ def _complete(
     lacking = sizes[:, -1] <= (RANK_TOLERANCE * largest).clamp_min(SMALLEST)
     condition = float(torch.where(lacking, torch.inf, sizes[:, 0] / sizes[:, -1]).max())
     if r == d:
-        return top, condition
+        return top, sizes, condition
     q, _ = torch.linalg.qr(top.transpose(1, 2), mode="complete")
     null = q[:, :, r:].transpose(1, 2)
     scale = sizes.mean(-1)
@@ -194,7 +207,7 @@ def _complete(
     null = _fix_signs(null)
     if moments is not None:
         null = torch.where(lacking[:, None, None], null, _balance(null, scale, *moments))
-    return torch.cat([top, null * scale[:, None, None]], 1), condition
+    return torch.cat([top, null * scale[:, None, None]], 1), sizes, condition
 
 
 def _fix_signs(rows: Tensor) -> Tensor:
@@ -263,7 +276,7 @@ def _check(heads: Tensor, rows: Tensor, bias: Tensor | None) -> None:
             f"{len(rows)} basis rows for heads with {e} inputs and {heads.shape[2]} features: "
             f"expected at most {min(heads.shape[1:])}"
         )
-    finite = heads.isfinite().all(-1).all(-1)
+    finite = heads.abs().amax((1, 2)).isfinite()
     if bias is not None:
         finite &= bias.isfinite().all(-1)
     if not finite.all():

@@ -37,25 +37,16 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis
+from bda_fx.passes.orthonormal_heads import Heads, orthonormal_heads
+from bda_fx.passes.pick_rows import REGULARISER, pick_rows
 
 STRATEGIES = ("pivot", "window", "residual-min", "first")
 
-RANK_TOLERANCE = 1e-6
-"""Singular values below this times a head's largest are noise of float32 weights: not counted."""
-WELL_CONDITIONED = 1e-4
-"""Ratio of a Gram matrix's eigenvalues above which one pass orthonormalises to 1e-12."""
-REGULARISER = 1e-12
-"""δ, added to Gram matrices of Y's rows (‖y‖ ≤ 1): keeps the volume of dependent rows off zero,
-and is 10⁴ times the rounding error of a Gram matrix in float64."""
-SHORT_ROW = 1e-4
-"""A row's ‖y‖² counts as at least this share of the mean row's: a zero row has no direction, and
-1e-4 / δ makes it the worst choice there is instead of an orthogonal one."""
 MIN_GAIN = 1e-3
 """Exchanges stop when the best one lowers Σ_g J_g by less than this share (noise by half of it)."""
 MAX_EXCHANGES = 100
@@ -63,27 +54,13 @@ MAX_EXCHANGES = 100
 COARSE_LIMIT = 1e3
 """Worst J up to which exchanges are scored in float32: the rounding error of an inverse Gram matrix
 is about J × 1e-7 relative, so a score is right to 1e-4 of itself."""
-SCORED_AT_ONCE = 1 << 18
+SCORED_AT_ONCE = 1 << 20
 """Heads × E × r scored per batch: the working set stays in the processor's cache."""
 REFRESH_EVERY = 8
 """Windows are updated by rank two from their neighbour this often, then inverted from scratch."""
 NEARLY_SINGULAR = 1e6
 """Mean J beyond which the next window is inverted from scratch: an update would keep the rounding
 error of so large an inverse, about J² × 1e-16 relative to the next one."""
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """The heads that carry weight, as the search sees them."""
-
-    y: Tensor
-    """[G, E, D] orthonormalised; zero columns where rank < D."""
-    energy: Tensor
-    """[G, E] ‖y_i‖²."""
-    sizes: Tensor
-    """[G, E] ‖y_i‖², bounded from below."""
-    rank: Tensor
-    """[G] float64."""
 
 
 def choose_basis(heads: Tensor, size: int, strategy: str) -> Tensor:
@@ -110,7 +87,7 @@ class BasisSearch:
             raise ValueError(
                 f"unknown basis strategy {strategy!r}: choose one of {list(STRATEGIES)}"
             )
-        finite = heads.isfinite().flatten(1).all(1)
+        finite = heads.abs().amax((1, 2)).isfinite()
         if not finite.all():
             raise ValueError(
                 f"weights of head {int((~finite).nonzero()[0])} hold inf or nan: "
@@ -121,8 +98,8 @@ class BasisSearch:
         self._obliqueness: dict[int, float] = {}
 
     @functools.cached_property
-    def _search(self) -> _Heads:
-        return _prepare(self.heads)
+    def _search(self) -> Heads:
+        return orthonormal_heads(self.heads)
 
     def rows(self, size: int) -> Tensor:
         """Basis rows [size], ascending int64 on the CPU."""
@@ -170,7 +147,7 @@ class BasisSearch:
         key = tuple((self._search.rank >= size).tolist())
         known = self._greedy_rows.get(key)
         if known is None or len(known) < size:
-            known = self._greedy_rows[key] = _greedy(self._search, size)
+            known = self._greedy_rows[key] = pick_rows(self._search, size)
         return known[:size]
 
 
@@ -179,31 +156,11 @@ def obliqueness(heads: Tensor, rows: Tensor) -> Tensor:
 
     sqrt(J) estimates the noise of the head's product after the change of basis over that before.
     """
-    search = _prepare(heads)
+    search = orthonormal_heads(heads)
     return _judge(search, rows, *_invert(search, rows))
 
 
-def _prepare(heads: Tensor) -> _Heads:
-    """Orthonormalise each head's columns by its Gram matrix: once more where the loss of
-    orthogonality, eps × condition², is worth it."""
-    largest = torch.linalg.vector_norm(heads, torch.inf, dim=(1, 2), keepdim=True).double()
-    y = heads / largest.clamp_min(torch.finfo(torch.float64).tiny)
-    for least in (RANK_TOLERANCE**2, 0.5):
-        spectrum, axes = torch.linalg.eigh(y.mT @ y)
-        kept = (spectrum > least * spectrum[:, -1:]) & (spectrum > 0)
-        y = y @ (axes * torch.where(kept, spectrum, torch.inf).rsqrt().unsqueeze(1))
-        if (spectrum[:, 0] > WELL_CONDITIONED * spectrum[:, -1]).all():
-            break
-    rank = kept.sum(1)
-    if (rank == 0).any():
-        y, rank = y[rank > 0], rank[rank > 0]
-    rank = rank.double()
-    energy = torch.linalg.vector_norm(y, dim=-1).square()
-    sizes = energy.maximum(SHORT_ROW * rank.unsqueeze(1) / heads.shape[1])
-    return _Heads(y, energy, sizes, rank)
-
-
-def _invert(search: _Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _invert(search: Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(Y_B Y_Bᵀ + δ)⁻¹ [G, r, r] and log det(Y_B Y_Bᵀ + δ) [G]."""
     basis = search.y[:, rows]
     gram = basis @ basis.mT
@@ -213,7 +170,7 @@ def _invert(search: _Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(factor), log_det
 
 
-def _judge(search: _Heads, rows: Tensor, inverse: Tensor, log_det: Tensor) -> Tensor:
+def _judge(search: Heads, rows: Tensor, inverse: Tensor, log_det: Tensor) -> Tensor:
     """J_g [G] of the basis, from what ``_invert`` returns."""
     r, rank = len(rows), search.rank
     spread = (inverse.diagonal(dim1=1, dim2=2) * search.sizes[:, rows]).sum(1)
@@ -236,35 +193,7 @@ def _residual_min(heads: Tensor, size: int) -> Tensor:
     return candidates[residuals.index(min(residuals))]
 
 
-def _greedy(search: _Heads, size: int) -> Tensor:
-    """Rows that raise Σ_g log of the spanned volume most, one after the other, [size].
-
-    The volume is that of the rows' directions; of the rows themselves in heads of rank < r, where
-    a row that adds nothing must not gain by being short. With P = δ (δ + Y_Bᵀ Y_B)⁻¹ a row's
-    distance² from the span is y P yᵀ; P = 1 - Σ a aᵀ and the distances follow by Sherman-Morrison.
-    """
-    y = search.y
-    g, _, d = y.shape
-    by_feature = y.mT.contiguous()  # a product with one vector a head reads it in this order
-    apart = search.energy + REGULARISER
-    length = search.sizes.log()[search.rank >= size].sum(0)
-    directions = y.new_empty(g, size, d)
-    rows: list[int] = []
-    for step in range(size):
-        score = apart.log().sum(0) - length
-        score[rows] = -torch.inf
-        row = int(score.argmax())
-        rows.append(row)
-        earlier, here = directions[:, :step], y[:, row].unsqueeze(1)
-        away = here - here @ earlier.mT @ earlier
-        away /= apart[:, row, None, None].sqrt()
-        directions[:, step] = away.squeeze(1)
-        along = torch.bmm(away, by_feature).squeeze(1)
-        apart = apart.addcmul_(along, along, value=-1).clamp_min_(REGULARISER)
-    return torch.tensor(rows, device=y.device)
-
-
-def _exchange(search: _Heads, rows: Tensor) -> Tensor:
+def _exchange(search: Heads, rows: Tensor) -> Tensor:
     """Exchange a basis row for another while that lowers Σ_g J_g. Returns the rows, ascending.
 
     The candidates are scored in float32 unless the basis is too oblique for that; what an exchange
@@ -272,17 +201,22 @@ def _exchange(search: _Heads, rows: Tensor) -> Tensor:
     """
     inverse, log_det = _invert(search, rows)
     noise = _judge(search, rows, inverse, log_det)
-    coarse = _Heads(*(getattr(search, f.name).float() for f in fields(search)))
+    coarse = search.single
     products = coarse.y @ coarse.y[:, rows].mT
     for _ in range(MAX_EXCHANGES):
-        if noise.max() > COARSE_LIMIT:
+        oblique = bool(noise.max() > COARSE_LIMIT)
+        if oblique:
             change = _changes(search, rows, noise, inverse)
         else:
             change = _changes(coarse, rows, noise.float(), inverse.float(), products)
         row, slot = divmod(int(change.argmin()), len(rows))
         trial = rows.clone()
         trial[slot] = row
-        inverse, log_det = _invert(search, trial)
+        if oblique:
+            inverse, log_det = _invert(search, trial)
+        else:
+            inverse, growth = _replace(search, rows, inverse, row, slot)
+            log_det = log_det + growth.log()
         after = _judge(search, trial, inverse, log_det)
         if not after.sum() < (1 - MIN_GAIN) * noise.sum():
             break
@@ -292,7 +226,7 @@ def _exchange(search: _Heads, rows: Tensor) -> Tensor:
 
 
 def _changes(
-    search: _Heads, rows: Tensor, noise: Tensor, inverse: Tensor, products: Tensor | None = None
+    search: Heads, rows: Tensor, noise: Tensor, inverse: Tensor, products: Tensor | None = None
 ) -> Tensor:
     """[E, r]: change of Σ_g J_g when row i takes the place of basis row j.
 
@@ -313,16 +247,16 @@ def _changes(
         span = slice(int(part[0]), int(part[-1]) + 1)
         sizes, x, rank = search.sizes[span], inverse[span], search.rank[span]
         c = products[span] @ x
-        omega = x.diagonal(dim1=1, dim2=2).unsqueeze(1)
+        omega = x.diagonal(dim1=1, dim2=2)
         apart = search.energy[span] + REGULARISER - (c * products[span]).sum(-1)
         apart = apart.clamp_min(REGULARISER).unsqueeze(2)
         basis_sizes = sizes[:, rows].unsqueeze(2)
-        weighted = basis_sizes * x
+        weighted = basis_sizes * x / rank[:, None, None]
         growth = c.square()
-        delta = omega * (growth @ basis_sizes + sizes.unsqueeze(2))
-        growth.addcmul_(apart, omega)
-        delta -= apart * (x * weighted).sum(1, keepdim=True)
-        delta.addcmul_(c, c @ weighted, value=-2).div_(growth * rank[:, None, None])
+        of_row = torch.cat([growth @ basis_sizes + sizes.unsqueeze(2), -apart], 2)
+        of_slot = torch.stack([omega / rank[:, None], (x * weighted).sum(1)], 1)
+        growth.addcmul_(apart, omega.unsqueeze(1))
+        delta = (of_row @ of_slot).addcmul_(c, c @ weighted, value=-2).div_(growth)
         for head in (rank < r).nonzero().flatten().tolist():
             by_volume = growth[head].pow(-1 / float(rank[head])) - 1
             delta[head] = noise[span][head] * by_volume
@@ -331,7 +265,7 @@ def _changes(
     return total
 
 
-def _best_window(search: _Heads, size: int) -> Tensor:
+def _best_window(search: Heads, size: int) -> Tensor:
     """Slide the window by one row at a time; judge the best few once more from scratch."""
     e = search.y.shape[1]
     totals: list[float] = []
@@ -355,7 +289,7 @@ def _best_window(search: _Heads, size: int) -> Tensor:
 
 
 def _replace(
-    search: _Heads, rows: Tensor, inverse: Tensor, row: int, slot: int
+    search: Heads, rows: Tensor, inverse: Tensor, row: int, slot: int
 ) -> tuple[Tensor, Tensor]:
     """The inverse Gram matrix [G, r, r] with ``row`` in the place of ``rows[slot]``, and γ [G].
 

@@ -243,7 +243,7 @@ def distinct(x: Tensor) -> Tensor:
 
 
 def distinct_pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct pairs [n, 2] of the values of two int64 vectors, ascending; each element's number."""
+    """Distinct pairs [n, 2] of values of two int64 vectors, ascending; each element's number."""
     lefts, rights = distinct(left), distinct(right)
     keys = torch.bucketize(left, lefts) * len(rights) + torch.bucketize(right, rights)
     found = distinct(keys)

@@ -35,7 +35,7 @@ PANEL = 32
 
 
 def round_with_feedback(rows: Tensor, hessian: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rows`` [G, n, D] rounded to values of ``dtype``, as float64; ``hessian`` [G, D, D].
+    """``rows`` [G, n, D] rounded to values of ``dtype``, as what they are; ``hessian`` [G, D, D].
 
     Heads where feedback would not help, or leave the range of the dtype, are rounded to nearest.
     Cost O(G n D²), in float32, whose rounding is far below that of the dtype.
@@ -44,11 +44,9 @@ def round_with_feedback(rows: Tensor, hessian: Tensor, dtype: torch.dtype) -> Te
     order = rounding_order(steps, weights)
     factor = feedback_factor(hessian, order)
     index = order.unsqueeze(1).expand_as(rows)
-    ordered = torch.empty_like(rows)
-    ordered.scatter_(
-        2, index, _feed_back(rows.gather(2, index).float(), factor.float(), dtype).double()
-    )
-    nearest = rows.to(dtype).double()
+    fed_back = _feed_back(rows.gather(2, index).float(), factor.float(), dtype)
+    ordered = torch.empty_like(rows).scatter_(2, index, fed_back.to(rows.dtype))
+    nearest = rows.to(dtype).to(rows.dtype)
     better = _losses(ordered - rows, hessian) < _losses(nearest - rows, hessian)
     return torch.where(better[:, None, None], ordered, nearest)
 

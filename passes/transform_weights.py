@@ -327,10 +327,10 @@ def _turn(site: Site, factors: _Factors, values: Mapping[str, Tensor], turned: _
         heads, _ = read_vectors(factor.tensor, factor.axis, factor.features, values)
         moved = factors.turn(heads, groups, against=factor.against)
         if isinstance(factor.tensor, Constant):
-            turned.constants[factor.tensor][index] = moved.squeeze(1)
+            turned.constants[factor.tensor][index] = moved.squeeze(1).double()
             continue
         matrix = turned.matrices[factor.tensor.weight]
-        (matrix if factor.axis == OUT else matrix.T)[index] = moved.mT
+        (matrix if factor.axis == OUT else matrix.T)[index] = moved.mT.double()
         if factor.axis == OUT:
             _turn_biases(factor.tensor, index, factors, groups, factor.against, values, turned)
 

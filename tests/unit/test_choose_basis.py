@@ -14,13 +14,13 @@ from bda_fx.passes.choose_basis import (
     STRATEGIES,
     _changes,
     _exchange,
-    _greedy,
     _invert,
     _judge,
-    _prepare,
     choose_basis,
     obliqueness,
 )
+from bda_fx.passes.orthonormal_heads import orthonormal_heads
+from bda_fx.passes.pick_rows import pick_rows
 from tests.tolerances import EXCHANGE_TO_BEST, FLOAT64_SEARCH, identity
 from tests.unit.real_weights import MODELS, projections
 
@@ -95,7 +95,7 @@ def test_obliqueness_ignores_the_scale_of_a_head():
 @pytest.mark.parametrize("size", [3, 6, 8])
 def test_predicted_changes_match_recomputation(size):
     heads = random_heads(3, 20, 8)
-    search, rows = _prepare(heads), torch.arange(size)
+    search, rows = orthonormal_heads(heads), torch.arange(size)
     inverse, log_det = _invert(search, rows)
     changes = _changes(search, rows, _judge(search, rows, inverse, log_det), inverse)
     before = total(heads, rows)
@@ -141,9 +141,9 @@ def test_window_finds_its_way_past_singular_windows():
 @pytest.mark.parametrize(("g", "e", "d"), SHAPES)
 def test_exchanges_never_raise_the_noise(g, e, d):
     heads = random_heads(g, e, d)
-    search = _prepare(heads)
+    search = orthonormal_heads(heads)
     for size in sizes_for(e, d):
-        greedy = _greedy(search, size)
+        greedy = pick_rows(search, size)
         assert total(heads, _exchange(search, greedy)) <= total(heads, greedy) * (
             1 + FLOAT64_SEARCH
         )

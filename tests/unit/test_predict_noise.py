@@ -9,9 +9,9 @@ from torch.nn.functional import linear
 
 from bda_fx.passes.change_basis import ChangeOfBasis, change_basis
 from bda_fx.passes.choose_basis import choose_basis
+from bda_fx.passes.measure_sums import longest_run
 from bda_fx.passes.predict_noise import (
     DAMPING,
-    RUN,
     PartnerHeads,
     conditional_variances,
     partial_roundings,
@@ -35,7 +35,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 def in_runs(terms: int) -> float:
     """Energies of the partial sums of ``terms`` products, over that of the whole sum: in a run of m
     1/m + 2/m + … + m/m = m/2 (+ 1/2, which is the rounding of the sum itself)."""
-    runs = max(1, -(-terms // RUN))
+    runs = max(1, -(-terms // longest_run()))
     return terms / runs / 2
 
 
