@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bda_fx.assemble_program import assemble_program, constant_bytes
+from bda_fx.estimate_shares import Example
 from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program, canonicalize_exported, composite_attention
 from bda_fx.pipeline import find_and_plan, step, transform
 from bda_fx.report import Report, report_of
+
+Calibration = Sequence[Inputs | tuple[tuple[Any, ...], dict[str, Any], str | Tensor | None]]
+"""Typical inputs: (args, kwargs), or with a third element that tells which positions count."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def analyze(
     *,
     dynamic_shapes: Any = None,
     options: Options | Mapping[str, Any] | None = None,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Find and plan every attention product of ``model``; change nothing.
 
@@ -50,7 +54,10 @@ def analyze(
         options: :class:`Options` or a dict of them.
         calibration: typical inputs, each (args, kwargs), on which to estimate how much of the
             outputs' rounding noise each attention product makes; the more a product makes, the
-            smaller its basis. Without them inputs are made up.
+            smaller its basis. Without them inputs are made up. Where some positions are padding,
+            (args, kwargs, mask): a tensor that is nonzero where outputs count, or the name of the
+            keyword input that is one ("attention_mask"). It applies to the outputs whose shape
+            begins with its own.
 
     Returns:
         The report; each site says what would be done and what it would save.
@@ -73,7 +80,7 @@ def rewrite(
     *,
     dynamic_shapes: Any = None,
     options: Options | Mapping[str, Any] | None = None,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
 ) -> Rewrite:
     """Rewrite every attention of ``model`` that may be, as an exported program.
 
@@ -93,7 +100,7 @@ def rewrite(
     return Rewrite(result, report)
 
 
-def _flat(program: Program, calibration: Sequence[Inputs] | None) -> list[tuple[Any, ...]] | None:
+def _flat(program: Program, calibration: Calibration | None) -> list[Example] | None:
     """Calibration inputs as the program's placeholders take them."""
     if calibration is None:
         return None
@@ -101,13 +108,27 @@ def _flat(program: Program, calibration: Sequence[Inputs] | None) -> list[tuple[
     flat = []
     for inputs in calibration:
         try:
-            args, kwargs = inputs
+            args, kwargs, *others = inputs
+            (mask,) = others or (None,)
             given = program.exported._graph_module_flat_inputs(tuple(args), dict(kwargs))
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"calibration is a sequence of (args, kwargs), as the model takes them: {error}"
+                "calibration is a sequence of (args, kwargs) or (args, kwargs, mask), as the model "
+                f"takes them: {error}"
             ) from error
-        flat.append(tuple(given))
+        if isinstance(mask, str):
+            mask = kwargs.get(mask)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(
+                "the mask of a calibration input is a tensor or the name of a keyword input that "
+                f"is one, got {others[0]!r}; keyword inputs: {sorted(kwargs)}"
+            )
+        if isinstance(others[0] if others else None, str) and mask is None:
+            raise TypeError(
+                f"the mask of a calibration input is {others[0]!r}, which is not among its keyword "
+                f"inputs: {sorted(kwargs)}"
+            )
+        flat.append(Example(tuple(given), mask))
     if not flat:
         raise ValueError("calibration holds no inputs: pass some, or None")
     return flat

@@ -14,12 +14,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from bda_fx.cache_bases import CacheConflict
-from bda_fx.estimate_shares import estimate_shares
+from bda_fx.estimate_shares import Example, estimate_shares
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
@@ -94,7 +93,7 @@ def step(name: str) -> Iterator[None]:
 def find_and_plan(
     program: Program,
     options: Options,
-    calibration: Sequence[Sequence[Any]] | None = None,
+    calibration: Sequence[Example] | None = None,
     headroom: float = 1.0,
     *,
     fixed_rows: bool = True,
@@ -102,7 +101,7 @@ def find_and_plan(
 ) -> Plan:
     """The first half: find the sites of a canonical program and plan them.
 
-    ``calibration``: flat inputs of the program, for the shares of noise; made up if not given.
+    ``calibration``: inputs of the program, for the shares of noise; made up if not given.
     """
     with step("normalize linears"):
         normalize_linears(program)
@@ -142,7 +141,7 @@ def transform(
     options: Options,
     *,
     fixed_rows: bool,
-    calibration: Sequence[Sequence[Any]] | None = None,
+    calibration: Sequence[Example] | None = None,
     spelling: ChooseSpelling = always_aten,
     offer: Offer = offer_aten,
 ) -> Outcome:

@@ -4,17 +4,18 @@ A run and a backward pass (``estimate_shares`` in the API layer) show the values
 rounds, what the outputs make of an error in them (the gradient g), and what they make of an error
 in a weight (the gradient Γ, summed over tokens). To first order, in units of u², the noise is
 
-    Σ_j E[v_j²] Σ_t g_tj²                      of rounded values
+    Σ_t Σ_j v_tj² g_tj²                        of rounded values, token by token
     Σ_j Σ_i W_ij² · mean_i Γ_ij²               of rounded weights
 
-A change of basis turns v and W one way and g and Γ the other, so their second moments, a D × D
-matrix each, foretell the noise of every basis. It counts what ``predict_noise`` cannot see from the
-weights: that inputs are neither white nor of RMS size 1, that softmax does not hear what all
-scores of a row have in common, and with it most of what a rounded key weight does to inputs that
-look alike.
+A change of basis turns v and W one way and g and Γ the other: v and g of some tokens, and the
+second moments of W and Γ, a D × D matrix each, foretell the noise of every basis. It counts what
+``predict_noise`` cannot see from the weights: that inputs are neither white nor of RMS size 1, that
+the outputs hear most of some tokens where others have the large values, that softmax does not hear
+what all scores of a row have in common, and with it most of what a rounded key weight does to
+inputs that look alike.
 
-Assumptions: roundings are independent, and a factor's size at one token or input tells nothing
-about what is made of errors there (v² and g², W² and Γ² are averaged each by itself).
+Assumptions: roundings are independent, and a weight's size at one input tells nothing about what is
+made of errors there (W² and Γ² are averaged each by itself).
 """
 
 from __future__ import annotations
@@ -28,35 +29,87 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run showed of one factor's vectors, second moments [n, D, D] in float64.
+    """What a run showed of one factor's vectors.
 
-    ``values``: mean over tokens of v vᵀ, for outputs of a linear, or for what an output projection
-    reads. ``effects``: sum over tokens of g gᵀ. ``weight_effects``: mean over the linear's inputs
-    (or outputs) of Γ Γᵀ. The last two in units of the output's noise.
+    ``values`` and ``effects`` [n, T, D] in float32: v and g of T tokens, for outputs of a linear,
+    or for what an output projection reads. ``weight_effects`` [n, D, D] in float64: mean over the
+    linear's inputs (or outputs) of Γ Γᵀ. Effects are in units of the output's noise: squares of g,
+    and Γ Γᵀ, are divided by it. ``typical``: the tokens are those of real inputs; where they are
+    made up, it says nothing which tokens have large values and which are heard, so that v² and g²
+    are averaged each by itself.
     """
 
     values: Tensor
     effects: Tensor
     weight_effects: Tensor
+    typical: bool = True
+
+
+def pick_tokens(
+    values: Tensor, effects: Tensor, *, count: int, typical: bool = True
+) -> tuple[Tensor, Tensor]:
+    """At most ``count`` tokens of ``values`` and ``effects`` [n, T, D] that stand for all.
+
+    Half of them are those with most noise; of the others every k-th in that order is taken, and
+    counts for k. Of tokens that are not ``typical`` (see :class:`Observed`) every k-th is taken.
+    """
+    tokens = values.shape[1]
+    if tokens <= count:
+        return values, effects
+    if not typical:
+        kept = torch.arange(0, tokens, tokens / count, device=values.device).long()
+        return values[:, kept], effects[:, kept] * (tokens / len(kept)) ** 0.5
+    order = (values * effects).square().sum((0, 2)).argsort(descending=True, stable=True)
+    loud, others = order[: count // 2], order[count // 2 :]
+    step = -(-len(others) // (count - count // 2))
+    quiet = others[step // 2 :: step]
+    weights = torch.full((len(quiet), 1), len(others) / len(quiet), device=effects.device).sqrt()
+    kept = torch.cat([loud, quiet])
+    heard = torch.cat([effects[:, loud], effects[:, quiet] * weights], 1)
+    return values[:, kept], heard
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Values or weights that are rounded at a site: vectors [n] of D features of heads ``groups``.
+    """Values or weights that are rounded at a site: vectors of D features of n heads ``groups``.
 
-    ``energies`` and ``effects`` [n, D, D]. ``along``: they turn by S⁻¹ as the decomposed factor
-    does, else by Sᵀ. ``terms``: products that a value is the sum of. ``elements``: of a weight,
-    how many there are for each feature; 0 for values. ``decomposed``: in the first features an
-    input is added as it is.
+    Values are themselves, with their ``effects`` [n, T, D]; of weights there are the second moments
+    [n, D, D] of both. ``along``: they turn by S⁻¹ as the decomposed factor does, else by Sᵀ.
+    ``terms``: products that a value is the sum of. ``elements``: of a weight, how many there are
+    for each feature; 0 for values. ``decomposed``: in the first features an input is added as it
+    is. ``typical``: see :class:`Observed`.
     """
 
-    energies: Tensor
+    vectors: Tensor
     effects: Tensor
     groups: Tensor
     along: bool
     terms: int = 0
     elements: int = 0
     decomposed: bool = False
+    typical: bool = True
+
+    def turned(self, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each feature in the basis ``s`` [G, D, D], [n, D] each in float64: its energy, that of
+        its effects, and of both together."""
+        there, back = (s_inv, s.mT) if self.along else (s.mT, s_inv)
+        return self._energies(there[self.groups], back[self.groups])
+
+    def as_they_are(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in the original basis."""
+        dim = self.vectors.shape[2]
+        eye = torch.eye(dim, dtype=torch.float64).expand(len(self.vectors), dim, dim)
+        return self._energies(eye, eye)
+
+    def _energies(self, there: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.elements:
+            energies, effects = _diagonal(self.vectors, there), _diagonal(self.effects, back)
+            return energies, effects, energies * effects
+        values = (self.vectors @ there.to(self.vectors.dtype)).square()
+        effects = (self.effects @ back.to(self.effects.dtype)).square()
+        size, heard = values.sum(1).double(), effects.sum(1).double()
+        both = size * heard / values.shape[1]
+        return size, heard, (values * effects).sum(1).double() if self.typical else both
 
 
 def rounded_by(
@@ -83,6 +136,7 @@ def rounded_by(
             along == computed,
             terms=count if computed else 0,
             decomposed=decomposed and computed,
+            typical=observed.typical,
         ),
         Rounded(
             gram,
@@ -93,12 +147,6 @@ def rounded_by(
             decomposed=decomposed,
         ),
     )
-
-
-def turned_energies(part: Rounded, s: Tensor, s_inv: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies and effects of each feature in the basis ``s`` [G, D, D], [n, D] each."""
-    there, back = (s_inv, s.mT) if part.along else (s.mT, s_inv)
-    return _energies(part.energies, there[part.groups]), _energies(part.effects, back[part.groups])
 
 
 def observed_energies(
@@ -119,30 +167,28 @@ def observed_energies(
     groups, dim = s.shape[:2]
     was, now = torch.zeros(groups, dtype=s.dtype), torch.zeros(groups, dtype=s.dtype)
     identity = torch.zeros(groups, dim, dtype=s.dtype)
-    turned = [turned_energies(part, s, s_inv) for part in parts]
-    for part, (energies, _) in zip(parts, turned, strict=True):
+    turned = [part.turned(s, s_inv) for part in parts]
+    for part, (energies, _, _) in zip(parts, turned, strict=True):
         if part.decomposed and part.elements:
             identity[:, :size] = (1 / energies[:, :size].clamp_min(1)).nan_to_num(1.0)
     floor = smallest**2
-    for part, (energies, effects), (before, after) in zip(
+    for part, (_, effects, heard_energies), (before, after) in zip(
         parts, turned, partial_roundings, strict=True
     ):
-        left = energies * (1 - identity[part.groups]) if part.decomposed else energies
+        left = heard_energies * (1 - identity[part.groups]) if part.decomposed else heard_energies
         if part.elements:
             count = part.elements - (size if part.decomposed else 0)
-            share = heard[0 if part.along else 1][part.groups]
-            noise = (left + count * floor) * effects * share
+            noise = (left + count * floor * effects) * heard[0 if part.along else 1][part.groups]
         else:
-            own = part.energies.diagonal(dim1=1, dim2=2)
-            met = part.effects.diagonal(dim1=1, dim2=2)
-            was.index_add_(0, part.groups, ((own + floor) * met).sum(1) * (1 + before))
-            noise = (left + floor) * effects * (1 + after)
+            _, met, own = part.as_they_are()
+            was.index_add_(0, part.groups, (own + floor * met).sum(1) * (1 + before))
+            noise = (left + floor * effects) * (1 + after)
             if part.decomposed:
-                noise[:, :size] += energies[:, :size] * effects[:, :size]
+                noise[:, :size] += heard_energies[:, :size]
         now.index_add_(0, part.groups, noise.sum(1))
     return was, now
 
 
-def _energies(moments: Tensor, turn: Tensor) -> Tensor:
+def _diagonal(moments: Tensor, turn: Tensor) -> Tensor:
     """Diagonal of turnᵀ M turn, [n, D]."""
     return (turn * (moments @ turn)).sum(1).clamp_min(0)

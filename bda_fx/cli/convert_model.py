@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import bda_fx
+from bda_fx.api import Calibration
 from bda_fx.cli.errors import CliError, ExitCode, first_line
 from bda_fx.cli.foresee_memory import return_freed_memory
 from bda_fx.cli.open_model import Opened, Settings, open_model
@@ -27,7 +28,6 @@ from bda_fx.exporters.exported import Exported
 from bda_fx.exporters.identify_model import identify_model
 from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.write_evidence import write_evidence
-from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
 from bda_fx.pipeline import on_step
 
@@ -181,11 +181,14 @@ def _check_suffix(out: Path, suffix: str) -> None:
         )
 
 
-def _calibration(opened: Opened, settings: Settings) -> list[Inputs] | None:
+def _calibration(opened: Opened, settings: Settings) -> Calibration | None:
     """Text that the user gave for it. Made-up inputs are left to the planner."""
     if settings.texts is None or opened.more_inputs is None:
         return None
-    return opened.more_inputs(CALIBRATIONS)
+    return [
+        (args, kwargs, "attention_mask" if "attention_mask" in kwargs else None)
+        for args, kwargs in opened.more_inputs(CALIBRATIONS)
+    ]
 
 
 def program_of(opened: Opened, stages: Stages) -> ExportedProgram:

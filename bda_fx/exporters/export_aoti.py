@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from bda_fx.api import Calibration
 from bda_fx.assemble_program import constant_bytes
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
@@ -41,7 +42,7 @@ def export_aoti(
     inputs: Sequence[Inputs] | None = None,
     budget: float | None = None,
     measure: bool = True,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> Exported:

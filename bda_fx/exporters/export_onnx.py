@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from bda_fx.api import Calibration
 from bda_fx.exporters.exported import Exported, ExportError, Timing, root_cause
 from bda_fx.exporters.identify_model import call_of, identify_model
 from bda_fx.exporters.meet_budget import meet_budget
@@ -49,7 +50,7 @@ def export_onnx(
     budget: float | None = None,
     measure: bool = True,
     keep_slower: bool | None = None,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
     external_data: bool | None = None,
     threads: int = 0,
     command: str | None = None,
@@ -222,7 +223,7 @@ def _bytes(model: ir.Model) -> int:
 
 def _without_slower(
     pair: Pair,
-    calibration: Sequence[Inputs] | None,
+    calibration: Calibration | None,
     threads: int,
     every: dict[str, Timing],
 ) -> Pair:

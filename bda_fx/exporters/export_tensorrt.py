@@ -12,6 +12,7 @@ import torch
 from torch import SymInt, Tensor, nn
 from torch.export import ExportedProgram
 
+from bda_fx.api import Calibration
 from bda_fx.exporters.build_engine import Engine, Shapes, build_engine, layers_with, load_runtime
 from bda_fx.exporters.export_onnx import write_onnx
 from bda_fx.exporters.exported import Exported, ExportError
@@ -56,7 +57,7 @@ def export_tensorrt(
     compare: bool = True,
     inputs: Sequence[Inputs] | None = None,
     budget: float | None = None,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
     command: str | None = None,
 ) -> Exported:
     """Rewrite a model and build a TensorRT engine of it, strongly typed, for a range of shapes.

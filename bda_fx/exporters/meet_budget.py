@@ -26,13 +26,13 @@ what is delivered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from bda_fx.api import Calibration
 from bda_fx.exporters.exported import ExportError
 from bda_fx.exporters.rewrite_pair import Pair
 from bda_fx.fidelity_report import Fidelity
-from bda_fx.generate_inputs import Inputs
 from bda_fx.passes.plan_sites import CHANCE
 from bda_fx.pipeline import on_step
 
@@ -50,7 +50,7 @@ def meet_budget(
     pair: Pair,
     attempt: Callable[[Pair, float], Fidelity],
     budget: float | None,
-    calibration: Sequence[Inputs] | None,
+    calibration: Calibration | None,
     settle: Callable[[Pair], Pair] = lambda pair: pair,
 ) -> tuple[Pair, Fidelity, dict[str, Any]]:
     """Make and prove an artefact of ``pair``, with smaller bases if need be.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bda_fx.api import export_module, rewrite
+from bda_fx.api import Calibration, export_module, rewrite
 from bda_fx.exporters.exported import ExportError
 from bda_fx.generate_inputs import Inputs, generate_inputs
 from bda_fx.options import Options
@@ -27,12 +27,12 @@ class Pair:
     options: Options
     example: Inputs | None
 
-    def without(self, weights: Sequence[str], calibration: Sequence[Inputs] | None) -> Pair:
+    def without(self, weights: Sequence[str], calibration: Calibration | None) -> Pair:
         """The pair with the original form of the sites of these weights."""
         options = replace(self.options, keep=(*self.options.keep, *weights))
         return _rewrite(self.original, options, self.example, calibration)
 
-    def replanned(self, noise_budget: float, calibration: Sequence[Inputs] | None) -> Pair:
+    def replanned(self, noise_budget: float, calibration: Calibration | None) -> Pair:
         """The pair as planned for another budget."""
         options = replace(self.options, noise_budget=noise_budget)
         return _rewrite(self.original, options, self.example, calibration)
@@ -69,7 +69,7 @@ def rewrite_pair(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     options: Options | Mapping[str, Any] | None = None,
-    calibration: Sequence[Inputs] | None = None,
+    calibration: Calibration | None = None,
 ) -> Pair:
     """Export ``model`` unless it is a program, and rewrite it.
 
@@ -96,7 +96,7 @@ def _rewrite(
     original: ExportedProgram,
     options: Options,
     example: Inputs | None,
-    calibration: Sequence[Inputs] | None,
+    calibration: Calibration | None,
 ) -> Pair:
     done = rewrite(original, options=options, calibration=calibration)
     return Pair(original, done.program, done.report, options, example)

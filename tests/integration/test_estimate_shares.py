@@ -12,12 +12,19 @@ from torch import Tensor, fx, nn
 
 import bda_fx
 from bda_fx import estimate_shares as module
-from bda_fx.estimate_shares import CAUTION_OF_LONG_SUMS, estimate_shares
+from bda_fx.estimate_shares import (
+    CAUTION,
+    CAUTION_OF_LONG_SUMS,
+    CAUTION_WHEN_CALIBRATED,
+    Example,
+    estimate_shares,
+)
 from bda_fx.evaluate_float64 import Wide
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.predict_noise import partial_roundings
 from bda_fx.passes.sites import OUT, Factor, Linear, Site
+from bda_fx.run_backward import roundings
 from tests import models, tolerances
 from tests.programs import Attention, B, D, E, H, S, canonical, randn, seeded
 
@@ -58,7 +65,8 @@ def two_linears(dtype: torch.dtype) -> tuple[Program, Site, Site, Tensor]:
 def shares_in(
     program: Program, sites: Sequence[Site], inputs: list[list[Any]] | None = None
 ) -> list[list[float]] | None:
-    found = estimate_shares(program, sites, inputs)
+    examples = None if inputs is None else [Example(flat) for flat in inputs]
+    found = estimate_shares(program, sites, examples)
     return None if found is None else found.of_sites
 
 
@@ -72,17 +80,24 @@ def flat_inputs(program: Program, *user: Tensor) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shares_in_closed_form(dtype: torch.dtype) -> None:
-    """All Jacobians are 1: a share is the site's energy over that of K, Q (ρ each) and the sum."""
+    """All Jacobians are 1: a share is the site's noise over that of K, Q and their sum. On inputs
+    that are given, in float32, it is the errors that are made; else one rounding a value."""
     program, both, alone, x = two_linears(dtype)
     found = shares_in(program, [both, alone], [flat_inputs(program, x)])
-    with torch.no_grad():
-        weights = {program.names[name]: value.double() for name, value in program.tensors.items()}
-        k, q = (x.double() @ weights[f"{name}.weight"].T for name in "kq")
-    rho = 1 + (partial_roundings(E) if dtype == torch.float32 else 0)
-    total = float(rho * (k.square().sum() + q.square().sum()) + (k + q).square().sum())
+    weights = {program.names[name]: value.detach() for name, value in program.tensors.items()}
+    k, q = (x.double() @ weights[f"{name}.weight"].double().T for name in "kq")
+    parts, caution = (k, q, k + q), 1.0
+    if dtype == torch.float32:
+        single = [x @ weights[f"{name}.weight"].T for name in "kq"]
+        both_single = single[0] + single[1]
+        exact = single[0].double() + single[1].double()
+        parts = (single[0] - k, single[1] - q, both_single - exact)
+        caution = CAUTION_WHEN_CALIBRATED
+    k, q, total = (part.double().square() for part in parts)
+    whole = float(k.sum() + q.sum() + total.sum()) / caution
     expected = [
-        rho * float(k[:, :2].square().sum() + q[:, 2:].square().sum()) / total,
-        rho * float(k[:, [0, 3]].square().sum()) / total,
+        float(k[:, :2].sum() + q[:, 2:].sum()) / whole,
+        float(k[:, [0, 3]].sum()) / whole,
     ]
     assert found is not None
     assert [share for (share,) in found] == pytest.approx(expected, rel=tolerances.SAMPLED_SHARE)
@@ -130,7 +145,7 @@ def test_shares_are_those_of_injected_noise(core: str) -> None:
     mine = {name: features for site in sites for name, features, _ in module._reads(site, nodes)}
 
     def everywhere(n: fx.Node, value: Tensor) -> Tensor | None:
-        return torch.ones(()) if module._roundings(n) else None
+        return torch.ones(()) if roundings(n) else None
 
     def at_sites(n: fx.Node, value: Tensor) -> Tensor | None:
         if n.name not in mine:
@@ -166,15 +181,49 @@ def test_each_output_has_its_own_shares() -> None:
 
 
 def test_made_up_inputs_are_always_the_same_and_cautious() -> None:
-    model, x = Attention(), randn(B, 40, E)
+    model, x = Attention().to(torch.bfloat16), randn(B, 40, E, dtype=torch.bfloat16)
     first, second = (shares_of(model, x, given=False) for _ in range(2))
     assert first == second
     given = shares_of(model, x)
     assert first is not None
     assert given is not None
     assert sum(s for (s,) in first) == pytest.approx(
-        CAUTION_OF_LONG_SUMS * sum(s for (s,) in given), rel=2 * tolerances.SAMPLED_SHARE
+        CAUTION * sum(s for (s,) in given), rel=2 * tolerances.SAMPLED_SHARE
     )
+
+
+def test_made_up_inputs_of_float32_by_the_model_of_sums() -> None:
+    """The closed form above, on white inputs: K's and Q's values have ρ roundings each."""
+    program, both, _, _ = two_linears(torch.float32)
+    found = shares_in(program, [both])
+    rho = 1 + partial_roundings(E)
+    expected = CAUTION_OF_LONG_SUMS * rho / (2 * rho + 2)  # half of K and half of Q; E(k + q)² = 2
+    assert found is not None
+    assert found[0][0] == pytest.approx(expected, rel=2 * tolerances.SAMPLED_SHARE)
+
+
+def test_positions_that_a_mask_leaves_out_do_not_count() -> None:
+    """Attention reaches the first half of the outputs alone."""
+
+    class Half(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x)[:, : S // 2], x[:, S // 2 :] * 2.5], 1)
+
+    model, x = Half(), randn(B, S, E)
+    program = canonical(model, x)
+    sites, flat = find_sites(program).sites, flat_inputs(program, x)
+    first = torch.zeros(B, S, dtype=torch.int64)
+    first[:, : S // 2] = 1
+
+    def shares(mask: Tensor | None) -> list[float]:
+        found = estimate_shares(program, sites, [Example(flat, mask)])
+        assert found is not None
+        return [share for (share,) in found.of_sites]
+
+    assert all(share > 0 for share in shares(first))
+    assert sum(shares(first)) > sum(shares(None))
+    assert shares(1 - first) == [0.0] * len(sites)
+    assert shares(first[:, :-1]) == shares(None)  # no output has such a shape
 
 
 def test_no_sites_no_shares() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bda_fx.passes.change_basis import change_basis
-from bda_fx.passes.observe_noise import Observed
+from bda_fx.passes.observe_noise import Observed, Rounded, pick_tokens
 from bda_fx.passes.predict_noise import (
     Moments,
     PartnerHeads,
@@ -40,8 +40,9 @@ class OneToken:
         self.k_effect, self.q_effect = randn(2, D, seed=4), randn(3, D, seed=5)
         self.k_gradient, self.q_gradient = randn(2, D, seed=6), randn(3, D, seed=7)
         self.computed = computed
-        own = Observed(outer(self.k), outer(self.k_effect), outer(self.k_gradient))
-        met = Observed(outer(self.q), outer(self.q_effect), outer(self.q_gradient))
+        k, q = self.k.unsqueeze(1), self.q.unsqueeze(1)
+        own = Observed(k, self.k_effect.unsqueeze(1), outer(self.k_gradient))
+        met = Observed(q, self.q_effect.unsqueeze(1), outer(self.q_gradient))
         partner = PartnerHeads(self.queries, None, GROUPS, E if computed else 0, met)
         self.moments = second_moments(self.heads, None, [partner], observed=own)
         self.change = change_basis(self.heads, torch.arange(SIZE))
@@ -102,9 +103,57 @@ def test_effects_that_no_output_hears_cost_nothing() -> None:
 def test_a_factor_that_was_not_seen_leaves_the_weights_to_tell() -> None:
     given = OneToken(computed=True)
     unseen = PartnerHeads(given.queries, None, GROUPS, E)
-    own = Observed(outer(given.k), outer(given.k_effect), outer(given.k_gradient))
+    k, k_effect = given.k.unsqueeze(1), given.k_effect.unsqueeze(1)
+    own = Observed(k, k_effect, outer(given.k_gradient))
     blind = second_moments(given.heads, None, [unseen], observed=own)
     assert blind.rounded == ()
     weights = replace(given.moments, rounded=())
     assert given.noise(torch.float32, blind) == given.noise(torch.float32, weights)
     assert given.noise(torch.float32, weights) != pytest.approx(given.noise(torch.float32))
+
+
+def rounded(values: Tensor, effects: Tensor, *, typical: bool) -> Rounded:
+    return Rounded(values, effects, torch.zeros(1, dtype=torch.int64), True, typical=typical)
+
+
+@pytest.mark.parametrize("typical", [True, False])
+def test_tokens_with_large_values_that_are_not_heard(typical: bool) -> None:
+    """On real inputs they cost nothing; on made-up ones nobody knows which tokens these will be."""
+    values = torch.tensor([[[1000.0, 1000.0], [1.0, 2.0]]])
+    effects = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+    s = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    size, heard, both = rounded(values, effects, typical=typical).turned(s, torch.linalg.inv(s))
+    assert size.tolist() == [[(1000**2 + 1) / 4, 1000**2 + 4]]
+    assert heard.tolist() == [[4.0, 1.0]]
+    means = [[(1000**2 + 1) / 4 * 4 / 2, (1000**2 + 4) / 2]]
+    assert both.tolist() == ([[1.0, 4.0]] if typical else means)
+
+
+def test_picked_tokens_stand_for_all() -> None:
+    values, effects = randn(3, 1000, D, seed=0), randn(3, 1000, D, seed=1)
+    values[:, 17] *= 100  # one token that makes most of the noise
+    few = pick_tokens(values, effects, count=100)
+    assert few[0].shape == few[1].shape == (3, 100, D)
+    every, kept = ((v * e).square().sum((0, 2)) for v, e in ((values, effects), few))
+    assert float(kept.max()) == float(every.max())
+    assert float(kept.sum()) == pytest.approx(float(every.sum()), rel=0.01)
+    others = every.sum() - every.max(), kept.sum() - kept.max()
+    assert float(others[1]) == pytest.approx(float(others[0]), rel=0.1)
+
+
+def test_tokens_that_are_not_typical_are_picked_evenly() -> None:
+    values, effects = randn(3, 1000, D, seed=0), randn(3, 1000, D, seed=1)
+    few = pick_tokens(values, effects, count=128, typical=False)
+    assert few[0].shape == few[1].shape == (3, 128, D)
+    mean, size = (float(v.square().mean()) for v in (values, few[0]))
+    assert size == pytest.approx(mean, rel=0.1)
+    every, heard = (float(e.square().sum()) for e in (effects, few[1]))
+    assert heard == pytest.approx(every, rel=0.1)
+
+
+def test_few_tokens_are_all_kept() -> None:
+    values, effects = randn(2, 8, D, seed=0), randn(2, 8, D, seed=1)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pick_tokens(values, effects, count=8), (values, effects), strict=True)
+    )
