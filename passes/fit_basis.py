@@ -2,9 +2,9 @@
 
 Sites that share a basis (K and V made by one linear) are weighed together. The noise of a size is
 estimated from the angles of the greedy rows (``BasisSearch.obliqueness``), at a small part of the
-cost of a fit, and the estimates are scaled to the last fit; so a plan is drafted on estimates, and
-rows are exchanged, S is computed and its noise predicted only for the sizes that it takes. C is
-computed only where S alone cannot vouch for the change of basis to be exact.
+cost of a fit, and the estimates are scaled to the fit of the nearest size; so a plan is drafted on
+estimates, and rows are exchanged, S is computed and its noise predicted only for the sizes that it
+takes. C is computed only where S alone cannot vouch for the change of basis to be exact.
 """
 
 from __future__ import annotations
@@ -87,12 +87,14 @@ class BasisFits:
         self.moments = [moments_of(w) for w in weights]
         self.head_dim = heads[0].shape[2]
         self._fits: dict[int, list[Fit]] = {}
-        self._scales = [1.0] * len(heads)
+        self._scales: dict[int, list[float]] = {}
 
     def noise(self, size: int) -> list[float]:
         """Noise of each site: of the fit if there is one, else an estimate; inf if of no use."""
         if size not in self._fits and self.search.strategy == "pivot":
-            return [scale * self._estimate(size) for scale in self._scales]
+            nearest = min(self._scales, key=lambda known: abs(known - size), default=None)
+            scales = [1.0] * len(self.weights) if nearest is None else self._scales[nearest]
+            return [scale * self._estimate(size) for scale in scales]
         return [fit.noise if fit.usable else float("inf") for fit in self.fits(size)]
 
     def _estimate(self, size: int) -> float:
@@ -118,7 +120,7 @@ class BasisFits:
             fits = self._fits[size] = self._weigh(self.search.rows(size))
             if self.search.strategy == "pivot" and all(fit.exact for fit in fits):
                 estimate = max(self._estimate(size), 1e-9)
-                self._scales = [fit.noise / estimate for fit in fits]
+                self._scales[size] = [fit.noise / estimate for fit in fits]
         return self._fits[size]
 
     def _weigh(self, rows: Tensor) -> list[Fit]:

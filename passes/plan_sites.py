@@ -25,7 +25,7 @@ from bda_fx.passes.predict_noise import keeps_sums_wide
 from bda_fx.passes.read_weights import FactorKey, constants_of
 from bda_fx.passes.site_choices import Choice, skips_of, steps_of, worthwhile
 from bda_fx.passes.sites import IN, OUT, Fold, Found, Plan, Reason, Site, SitePlan
-from bda_fx.passes.spend_budget import spend_budget
+from bda_fx.passes.spend_budget import Weigh, all_alike, noisiest, spend_budget
 
 LADDER = (1.0, 31 / 32, 15 / 16, 29 / 32, 7 / 8, 13 / 16, 3 / 4, 5 / 8, 1 / 2)
 """Fractions of D that ``basis_size="auto"`` tries, largest first."""
@@ -207,9 +207,9 @@ class _Spending:
         totals = [max(o) if self.alike else sum(o) for o in zip(*costs, strict=True)]
         return all(math.isfinite(total) and total <= self.allowance for total in totals)
 
-    def choose(self, choices: Sequence[Choice]) -> None:
+    def choose(self, choices: Sequence[Choice], weigh: Weigh) -> None:
         for group in [[choice] for choice in choices] if self.alike else [choices]:
-            for choice, step in zip(group, spend_budget(group, self.limit), strict=True):
+            for choice, step in zip(group, spend_budget(group, self.limit, weigh), strict=True):
                 choice.chosen = step
 
 
@@ -277,13 +277,40 @@ def _second_try(choice: Choice, planning: Planning) -> list[Choice]:
 
 
 def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
-    """Choose a step everywhere, first on estimates, then on what was found for the steps taken."""
+    """Choose a step everywhere, first on estimates, then on what was found for the steps taken, and
+    for those above them that may do although their estimates say no. The best plan on the way is
+    taken whose noise is all known."""
+    best, most = [choice.chosen for choice in choices], -1.0
+    outputs = len(choices[0].shares[0]) if choices and not spend.alike else 1
+    ways = [noisiest, all_alike] if outputs > 1 else [noisiest]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda choice: choice.costs(0), choices))
-        spend.choose(choices)
-        while not all(choice.settled for choice in choices):
-            list(pool.map(Choice.settle, choices))
-            spend.choose(choices)
+        while ways:
+            spend.choose(choices, ways[0])
+            if not all(choice.settled for choice in choices):
+                list(pool.map(Choice.settle, choices))
+                continue
+            worth = sum(choice.step.worth for choice in choices if choice.step)
+            if worth > most:
+                best, most = [choice.chosen for choice in choices], worth
+            above = [(choice, _step_to_try(choice, choices, spend)) for choice in choices]
+            tried = [(choice, step) for choice, step in above if step is not None]
+            if not tried:
+                ways = ways[1:]
+            list(pool.map(lambda pair: pair[0].find(pair[1]), tried))
+    for choice, step in zip(choices, best, strict=True):
+        choice.chosen = step
+
+
+def _step_to_try(choice: Choice, choices: Sequence[Choice], spend: _Spending) -> int | None:
+    """The nearest step above the chosen one that is unknown and would do if its estimate is too
+    high."""
+    others = [] if spend.alike else [c.costs(c.chosen) for c in choices if c is not choice]
+    for step in reversed(range(choice.chosen)):
+        hoped = choice.costs_hoped_for(step)
+        if hoped is not None and spend.allows([*others, hoped]):
+            return step
+    return None
 
 
 def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:

@@ -24,6 +24,10 @@ output projection also adds up heads and sorts outputs, and a second search cost
 first."""
 
 
+ESTIMATE_ERRS = 1.1
+"""An estimate that is scaled to the fit of a smaller size may be too high by as much."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A basis of ``size``, seen from side number ``view``; ``worth`` is what it saves."""
@@ -118,10 +122,13 @@ class Choice:
     def costs(self, step: int) -> list[float]:
         """Σ share (noise² - 1) over the sites, for each output: 0 where they are left as they are,
         inf where the step cannot be taken, whatever the shares."""
-        outputs = zip(*self.shares, strict=True)
         if step == len(self.steps):
-            return [0.0 for _ in outputs]
-        added = [noise**2 - 1 for noise in self.noise(step)]
+            return [0.0 for _ in self.shares[0]]
+        return self._costs_of(self.noise(step))
+
+    def _costs_of(self, noises: Sequence[float]) -> list[float]:
+        outputs = zip(*self.shares, strict=True)
+        added = [noise**2 - 1 for noise in noises]
         if not all(map(math.isfinite, added)):
             return [math.inf for _ in outputs]
         total = max if self.alike else sum
@@ -129,13 +136,25 @@ class Choice:
 
     @property
     def settled(self) -> bool:
-        """Whether the noise of the chosen step is known."""
-        return self.step is None or self.step.size in self.fits(self.step.view).known
+        """Whether the noise of the chosen step is known, and that of the last one before the sites
+        are left as they are: estimates are scaled to what was fitted, and far from it they err."""
+        step = self.step or self.steps[-1]
+        return step.size in self.fits(step.view).known
 
     def settle(self) -> None:
-        """Find the rows of the chosen step."""
-        if self.step is not None:
-            self.fits(self.step.view).fits(self.step.size)
+        """Find the rows of the chosen step, or of the last one."""
+        self.find(min(self.chosen, len(self.steps) - 1))
+
+    def find(self, step: int) -> None:
+        """Find the rows of a step."""
+        self.fits(self.steps[step].view).fits(self.steps[step].size)
+
+    def costs_hoped_for(self, step: int) -> list[float] | None:
+        """Costs of a step if its noise is below the estimate by as much as that may err; None where
+        it is known."""
+        if self.steps[step].size in self.fits(self.steps[step].view).known:
+            return None
+        return self._costs_of([noise / ESTIMATE_ERRS for noise in self.noise(step)])
 
     def plans(self) -> list[SitePlan]:
         if self.step is None:

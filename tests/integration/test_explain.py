@@ -231,7 +231,10 @@ def test_the_table_has_a_row_for_each_product(report: Report) -> None:
 
 UNWANTED = pytest.mark.parametrize(
     ("options", "reason"),
-    [({"products": ()}, "NOT_REQUESTED"), ({"noise_budget": 1.0}, "TOO_NOISY")],
+    [
+        ({"products": ()}, "NOT_REQUESTED"),
+        ({"basis": "first", "noise_budget": 1.0}, "TOO_NOISY"),
+    ],
 )
 
 

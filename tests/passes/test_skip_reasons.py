@@ -178,7 +178,7 @@ def rank_deficient() -> Any:
 
 @case(Reason.TOO_NOISY)
 def too_noisy() -> Any:
-    return Attention(), "qk", {"basis_size": "auto", "noise_budget": 1.0}
+    return Attention(), "qk", {"basis": "first", "basis_size": "auto", "noise_budget": 1.0}
 
 
 @case(Reason.OUT_OF_RANGE)

@@ -103,6 +103,32 @@ def test_the_noisy_output_decides_where_to_step_down() -> None:
     assert spend_budget(ladders, 1.0) == [1, 1]
 
 
+def test_what_another_output_did_not_need_is_taken_back() -> None:
+    """The first output is noisiest at first, and the first ladder its cheapest remedy; then the
+    second output wants the second ladder down, which would have been enough for both."""
+    ladders = [Steps([1.0], [[3.0, 0.0]]), Steps([5.0], [[4.0, 6.0]]), Steps([9.0], [[2.0, 1.0]])]
+    assert spend_budget(ladders, 5.0) == [0, 1, 0]
+
+
+def test_a_step_is_exchanged_for_a_better_one() -> None:
+    """Neither the first nor the second ladder can be taken beside the other; the second is worth
+    more, though the output that is noisiest at the top suffers from it most."""
+    ladders = [Steps([1.0], [[1.0, 2.0]]), Steps([1.5], [[3.0, 1.9]])]
+    assert spend_budget(ladders, 3.0) == [1, 0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_single_step_is_left_that_could_be_taken(seed: int) -> None:
+    draw = random.Random(seed)
+    ladders = [convex(draw, outputs=2) for _ in range(4)]
+    for allowance in (0.5, 1.0, 2.0, 4.0):
+        steps = spend_budget(ladders, allowance)
+        for at, step in enumerate(steps):
+            for higher in range(step):
+                raised = [*steps[:at], higher, *steps[at + 1 :]]
+                assert cost_of(ladders, raised) > allowance
+
+
 def test_nothing_to_spend_and_nothing_to_choose() -> None:
     assert spend_budget([], 0.0) == []
     assert spend_budget([one([2, 1], [2, 1])], 0.0) == [2]
