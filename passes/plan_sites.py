@@ -293,7 +293,7 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
             worth = sum(choice.step.worth for choice in choices if choice.step)
             if worth > most:
                 best, most = [choice.chosen for choice in choices], worth
-            above = [(choice, _step_to_try(choice, choices, spend)) for choice in choices]
+            above = _steps_to_try(choices, spend)
             tried = [(choice, step) for choice, step in above if step is not None]
             if not tried:
                 ways = ways[1:]
@@ -302,15 +302,22 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
         choice.chosen = step
 
 
-def _step_to_try(choice: Choice, choices: Sequence[Choice], spend: _Spending) -> int | None:
-    """The nearest step above the chosen one that is unknown and would do if its estimate is too
-    high."""
-    others = [] if spend.alike else [c.costs(c.chosen) for c in choices if c is not choice]
-    for step in reversed(range(choice.chosen)):
-        hoped = choice.costs_hoped_for(step)
-        if hoped is not None and spend.allows([*others, hoped]):
-            return step
-    return None
+def _steps_to_try(choices: Sequence[Choice], spend: _Spending) -> list[tuple[Choice, int | None]]:
+    """With each choice, the nearest step above the chosen one that is unknown and would do if its
+    estimate is too high."""
+    costs = [choice.costs(choice.chosen) for choice in choices]
+    totals = [0.0 if spend.alike else sum(output) for output in zip(*costs, strict=True)]
+    found: list[tuple[Choice, int | None]] = []
+    for choice, mine in zip(choices, costs, strict=True):
+        others = [0.0 if spend.alike else t - m for t, m in zip(totals, mine, strict=True)]
+        hopeful = (
+            step
+            for step in reversed(range(choice.chosen))
+            for hoped in [choice.costs_hoped_for(step)]
+            if hoped is not None and spend.allows([others, hoped])
+        )
+        found.append((choice, next(hopeful, None)))
+    return found
 
 
 def _share_bases(choices: list[Choice], spend: _Spending) -> list[Choice]:

@@ -18,9 +18,12 @@ or up on one and down on another, as long as that saves more and stays within th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import torch
 
 
 class Ladder(Protocol):
@@ -37,6 +40,19 @@ class Ladder(Protocol):
         Step ``len(worth)`` is to leave the site as it is.
         """
         ...
+
+
+class _Known:
+    """A ladder whose costs are asked for once."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        self.worth, self._ladder = ladder.worth, ladder
+        self._costs: dict[int, Sequence[float]] = {}
+
+    def costs(self, step: int) -> Sequence[float]:
+        if step not in self._costs:
+            self._costs[step] = self._ladder.costs(step)
+        return self._costs[step]
 
 
 Weigh = Callable[[Sequence[float]], list[float]]
@@ -59,6 +75,7 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float, weigh: Weigh = noi
     An infinite allowance takes the first step of each ladder that can be taken. ``weigh``: which
     outputs decide where to step down.
     """
+    ladders = [_Known(ladder) for ladder in ladders]
     if len(ladders) == 1:
         steps = [0]
         while not _within(ladders, steps, allowance):
@@ -73,14 +90,17 @@ def spend_budget(ladders: Sequence[Ladder], allowance: float, weigh: Weigh = noi
 def _descend(ladders: Sequence[Ladder], allowance: float, weigh: Weigh) -> list[int]:
     """Step down from the top until every output is within the allowance."""
     steps = [0] * len(ladders)
+
+    @functools.cache
+    def best_move(at: int, step: int, weights: tuple[float, ...]) -> tuple[float, int, int]:
+        """(gain, ladder, step below), the last two negative."""
+        below = range(step + 1, len(ladders[at].worth) + 1)
+        moves = [(_gain(ladders[at], step, to, weights), -at, -to) for to in below]
+        return max(moves, default=(-math.inf, -at, -step))
+
     while not _within(ladders, steps, allowance):
-        weights = weigh(_totals(ladders, steps))
-        moves = [
-            (_gain(ladder, step, below, weights), -at, -below)
-            for at, (ladder, step) in enumerate(zip(ladders, steps, strict=True))
-            for below in range(step + 1, len(ladder.worth) + 1)
-        ]
-        _, at, below = max(moves)
+        weights = tuple(weigh(_totals(ladders, steps)))
+        _, at, below = max(best_move(at, step, weights) for at, step in enumerate(steps))
         steps[-at] = -below
     return steps
 
@@ -103,22 +123,41 @@ def _climb(ladders: Sequence[Ladder], steps: list[int], allowance: float) -> Non
             _, at, to = max(single)
             steps[-at] = -to
             continue
-        downs = [
-            _moves(ladder, step, range(step + 1, min(step + 1, len(ladder.worth)) + 1))
-            for ladder, step in zip(ladders, steps, strict=True)
-        ]
-        pairs = [
-            (gain + loss, -at, -to, -other, -lower)
-            for at, moves in enumerate(ups)
-            for to, gain, costs in moves[-1:]
-            for other, below in enumerate(downs)
-            for lower, loss, freed in below
-            if other != at and gain + loss > 0 and _allowed(totals, [costs, freed], allowance)
-        ]
-        if not pairs:
+        pair = _best_exchange(ladders, steps, allowance)
+        if pair is None:
             return
-        _, at, to, other, lower = max(pairs)
-        steps[-at], steps[-other] = -to, -lower
+        up, down = pair
+        steps[up] -= 1
+        steps[down] += 1
+
+
+def _best_exchange(
+    ladders: Sequence[Ladder], steps: Sequence[int], allowance: float
+) -> tuple[int, int] | None:
+    """The ladders of which one goes up a step and the other down, so that most more is saved."""
+    ways = list(zip(ladders, steps, strict=True))
+    ups = [_moves(ladder, step, range(step)[-1:]) for ladder, step in ways]
+    ends = [len(ladder.worth) for ladder in ladders]
+    downs = [
+        _moves(ladder, step, range(step + 1, end + 1)[:1])
+        for (ladder, step), end in zip(ways, ends, strict=True)
+    ]
+    totals = torch.tensor(_totals(ladders, steps), dtype=torch.float64)
+    none = [(0, -math.inf, [0.0] * len(totals))]
+    (gain, cost), (loss, freed) = (
+        (
+            torch.tensor([(moves or none)[0][1] for moves in side], dtype=torch.float64),
+            torch.tensor([(moves or none)[0][2] for moves in side], dtype=torch.float64),
+        )
+        for side in (ups, downs)
+    )
+    after = totals + cost.unsqueeze(1) + freed
+    more = gain.unsqueeze(1) + loss
+    allowed = (after.isfinite() & (after <= allowance)).all(2) & (more > 0)
+    more = more.where(allowed.fill_diagonal_(False), -math.inf)
+    best = int(more.argmax())
+    up, down = divmod(best, len(ladders))
+    return (up, down) if more[up, down] > 0 else None
 
 
 def _moves(
