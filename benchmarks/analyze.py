@@ -2,7 +2,8 @@
 
     python benchmarks/analyze.py [--quick]
 
-* BERT-base (random weights, batch 2 × 16 tokens), 2 to 48 layers: seconds per pipeline step.
+* BERT-base (random weights, batch 2 × 16 tokens), 2 to 48 layers: seconds per pipeline step, and
+  how many bases were sought per site: more where the budget does not allow r = D everywhere.
 * One layer of Llama-3-8B's shape on the meta device, exported for 32 to 2048 tokens: labels are
   carried by every element, so sites are found in time that grows with the sizes exported for.
 * DeepSeek-V3 with all its 61 layers on the meta device (bfloat16, 1 × 8 tokens): seconds and peak
@@ -16,22 +17,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import record
 import torch
 from step_times import step_times
 from torch.export import ExportedProgram
 
 import bda_fx
+from bda_fx.passes.choose_basis import BasisSearch
 
-RESULTS = Path(__file__).parent / "results"
+SEED = 0
 TOKENS = (32, 128, 512, 2048)
 QUICK_TOKENS = (32,)
 LAYERS = (2, 4, 8, 12, 24, 48)
@@ -54,11 +56,14 @@ def bert(layers: int, repeats: int) -> dict[str, Any]:
     """Medians of seconds per step for BERT-base with that many layers."""
     from transformers import BertConfig, BertModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     start = time.perf_counter()
     program = export(BertModel(BertConfig(num_hidden_layers=layers)), torch.arange(32).view(2, 16))
     exported = time.perf_counter() - start
-    report, first = steps_of(program)
+    with mock.patch.object(
+        BasisSearch, "rows", autospec=True, side_effect=BasisSearch.rows
+    ) as rows:
+        report, first = steps_of(program)
     runs = [first, *(steps_of(program)[1] for _ in range(repeats - 1))]
     assert len(report.sites) == 2 * layers
     return {
@@ -66,6 +71,7 @@ def bert(layers: int, repeats: int) -> dict[str, Any]:
         "nodes": len(program.graph.nodes),
         "build_and_export_s": exported,
         "rewritten": len(report.rewritten),
+        "bases_per_site": rows.call_count / len(report.sites),
         "steps_s": {name: statistics.median(run[name] for run in runs) for name in first},
     }
 
@@ -115,23 +121,27 @@ def in_a_process_of_its_own(layers: int) -> dict[str, Any]:
 
 
 def table(
-    berts: list[dict[str, Any]], llamas: list[dict[str, Any]], v3: dict[str, Any], device: str
+    berts: list[dict[str, Any]],
+    llamas: list[dict[str, Any]],
+    v3: dict[str, Any],
+    origin: dict[str, Any],
 ) -> str:
     names = [name for name in berts[0]["steps_s"] if not name.startswith("total")]
     lines = [
-        f"Written by `benchmarks/analyze.py`: {device}, torch {torch.__version__}.",
+        record.heading("analyze.py", origin),
         "",
         "BERT-base after export, seconds (medians):",
         "",
-        f"| layers | {' | '.join(names)} | total | CPU | total per layer |",
-        "|---" * (len(names) + 4) + "|",
+        f"| layers | {' | '.join(names)} | total | CPU | total per layer | bases per site |",
+        "|---" * (len(names) + 5) + "|",
     ]
     for row in berts:
         steps = row["steps_s"]
         cells = [f"{steps[name]:.3f}" for name in names]
         lines.append(
             f"| {row['layers']} | {' | '.join(cells)} | {steps['total']:.2f} "
-            f"| {steps['total, CPU']:.2f} | {steps['total'] / row['layers']:.3f} |"
+            f"| {steps['total, CPU']:.2f} | {steps['total'] / row['layers']:.3f} "
+            f"| {row['bases_per_site']:.2f} |"
         )
     lines += [
         "",
@@ -171,21 +181,10 @@ def main() -> None:
     bert(1, 1)  # imports and thread pools
     berts = [bert(n, 1 if chosen.quick else REPEATS) for n in layers]
     llamas = [llama(n) for n in (QUICK_TOKENS if chosen.quick else TOKENS)]
-    device = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
-    text = table(berts, llamas, v3, device)
-    print(text)
-    if chosen.quick:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "analyze.md").write_text(text)
-    record = {
-        "device": device,
-        "torch": torch.__version__,
-        "bert_base": berts,
-        "llama_layer_by_tokens": llamas,
-        "deepseek_v3_on_meta": v3,
-    }
-    (RESULTS / "analyze.json").write_text(json.dumps(record, indent=1) + "\n")
+    origin = record.provenance(SEED, ("transformers",))
+    found = {"bert_base": berts, "llama_layer_by_tokens": llamas, "deepseek_v3_on_meta": v3}
+    text = table(berts, llamas, v3, origin)
+    record.write("analyze", text, {**origin, **found}, quick=chosen.quick)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def provenance(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """Where figures come from: machine, threads, versions (torch's always) and the seed."""
+    capability = torch.backends.cpu.get_cpu_capability()
     record: dict[str, Any] = {
-        "device": f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": f"cpu ({platform.machine()}, {os.cpu_count()} cores, {capability})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("torch", *packages)},
