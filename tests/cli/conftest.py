@@ -50,10 +50,16 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     return run
 
 
+def without_progress(text: str) -> list[str]:
+    """The lines but for those that announce a stage, as any may last two seconds."""
+    lines = text.splitlines()
+    return [line for line in lines if not (line.startswith("bda-fx: ") and line.endswith(" …"))]
+
+
 def assert_refused(ran: Ran, code: ExitCode, says: str, remedy: str) -> None:
     """One line that ``says`` what is wrong, one with the ``remedy``, and nothing on stdout."""
     assert ran.code == code, ran.err
-    lines = [line for line in ran.err.splitlines() if not line.endswith("…")]  # progress
+    lines = without_progress(ran.err)
     assert len(lines) == 2, ran.err
     assert lines[0].startswith("error: ")
     assert says in lines[0]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bda_fx.cli.errors import ExitCode
-from tests.cli.conftest import Cli, assert_refused, files
+from tests.cli.conftest import Cli, assert_refused, files, without_progress
 
 ROOT = Path(__file__).parents[2]
 RELU = "tests.cli.conftest:relu"
@@ -136,9 +136,7 @@ def test_a_signal_while_it_is_written(
     assert any(path.suffix == out.suffix for path in out.parent.rglob("*"))  # half of it
     time.sleep(0.1)
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[1].splitlines()
-    # A stage that lasts is announced after two seconds: before or after half of it is written.
-    rest = [line for line in rest if not (line.startswith("bda-fx: ") and line.endswith(" …"))]
+    rest = without_progress(process.communicate(timeout=60)[1])
     assert process.returncode == code
     assert rest[0].startswith("error: "), rest
     assert "nothing was left behind" in rest[1]

@@ -16,7 +16,7 @@ from bda_fx.cli.errors import ExitCode
 from bda_fx.cli.run_onnx import OnnxModel
 from bda_fx.evaluate_float64 import evaluate_float64
 from bda_fx.exporters.exported import ExportError
-from tests.cli.conftest import HIDDEN, LAYERS, Cli, Ran, files
+from tests.cli.conftest import HIDDEN, LAYERS, Cli, Ran, files, without_progress
 from tests.programs import assert_close, example, seeded
 from tests.tolerances import FLOAT64_PIVOT
 
@@ -191,7 +191,7 @@ def test_what_an_exporter_refuses(
     monkeypatch.setattr(bda_fx, "export_onnx", refuse)
     ran = cli("export", "tests.cli.test_commands:attention", "--to", "onnx", "-o", out)
     assert ran.code == code == ExitCode.CANNOT_CONVERT
-    message, remedy = [line for line in ran.err.splitlines() if not line.endswith("…")]
+    message, remedy = without_progress(ran.err)
     text = str(error)
     assert text in (f"{message[7:]}: {remedy.strip()}", f"{message[7:]}; {remedy.strip()}")
 
