@@ -108,16 +108,29 @@ def _size(size: Any, sizes: Mapping[Any, int]) -> int:
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
 
 
-def make_tensor(node: fx.Node, shape: list[int], random: torch.Generator) -> Tensor:
-    """A value of ``shape`` for the placeholder ``node``, as the module docstring says."""
+def make_tensor(
+    node: fx.Node, shape: list[int], random: torch.Generator, *, by_rank: bool = False
+) -> Tensor:
+    """A value of ``shape`` for the placeholder ``node``, as the module docstring says.
+
+    ``by_rank``: indices of a table are log-uniform (k about as often as 1 / k says), as words are
+    in text where a vocabulary lists them by frequency.
+    """
     like = node.meta["val"]
     if like.is_floating_point() or like.is_complex():
         wide = torch.complex64 if like.is_complex() else torch.float32
         made = torch.randn(shape, generator=random, dtype=wide)
     else:
         rows = None if like.dtype == torch.bool else _rows_indexed(node)
-        made = torch.randint(rows, shape, generator=random) if rows else torch.ones(shape)
+        made = _draw_indices(rows, shape, random, by_rank) if rows else torch.ones(shape)
     return made.to(dtype=like.dtype, device=like.device)
+
+
+def _draw_indices(rows: int, shape: list[int], random: torch.Generator, by_rank: bool) -> Tensor:
+    if not by_rank:
+        return torch.randint(rows, shape, generator=random)
+    exponents = torch.rand(shape, generator=random, dtype=torch.float64)
+    return ((rows + 1.0) ** exponents).long().clamp(1, rows) - 1
 
 
 def _rows_indexed(node: fx.Node) -> int | None:

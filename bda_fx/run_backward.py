@@ -94,7 +94,7 @@ class Backward(Wide):
 
     def __init__(self, program: Program, sites: Sequence[Site], *, typical: bool) -> None:
         super().__init__(program.module, torch.float32)
-        self.exact = Wide(program.module, torch.float64) if typical else None
+        self.exact = Wide(program.module, torch.float64)
         self.constants = set(constant_nodes(program))
         self.watched: set[str] = set()
         self.total = 0.0
@@ -184,7 +184,7 @@ class Backward(Wide):
         """How far float32 ``value`` is from what the node makes of its arguments in float64; None
         where there is no telling, or where the program is not of that dtype."""
         own = n.meta["val"].dtype
-        if self.exact is None or n.target is operator.getitem:
+        if n.target is operator.getitem:
             return None
         if not own == value.dtype == torch.float32:
             return None

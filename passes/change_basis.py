@@ -120,7 +120,7 @@ def change_basis(
         s_inv[singular] = torch.linalg.pinv(s[singular], rtol=RANK_TOLERANCE)
         solved[singular] = below[singular] @ s_inv[singular]
     missing = torch.baddbmm(below, solved, s, alpha=-1)
-    residual = _relative_norms(missing, torch.cat([below, heads[:, rows]], 1))
+    residual = _relative_norms(missing, heads, bias)
     residual = torch.where(s_inv.isfinite().flatten(1).all(1), residual, torch.inf)
     return ChangeOfBasis(
         rows=rows,
@@ -166,14 +166,18 @@ def turn_vectors(
     return vectors.to(dtype) @ turn.to(dtype)
 
 
-def _relative_norms(error: Tensor, whole: Tensor) -> Tensor:
-    """‖error‖ / ‖whole‖ of each head, [G]; inf where the error is not a number.
+def _relative_norms(error: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
+    """‖error‖ / ‖heads and bias‖ of each head, [G]; inf where the error is not a number.
 
-    Both are scaled by the head's largest element first, or squares of small ones would vanish.
+    All are scaled by the head's largest element first, or squares of small ones would vanish.
     """
-    largest = whole.abs().amax((1, 2), keepdim=True).clamp_min(SMALLEST)
-    norms = [(part / largest).norm(dim=(1, 2)) for part in (error, whole)]
-    return (norms[0] / norms[1].clamp_min(SMALLEST)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    parts = [heads] if bias is None else [heads, bias.unsqueeze(1)]
+    largest = torch.stack([part.abs().amax((1, 2)) for part in parts]).amax(0).clamp_min(SMALLEST)
+    unit = largest[:, None, None]
+    whole = sum((part / unit).square().sum((1, 2)) for part in parts)
+    assert isinstance(whole, Tensor)
+    relative = (error / unit).norm(dim=(1, 2)) / whole.sqrt().clamp_min(SMALLEST)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _complete(

@@ -52,14 +52,14 @@ MIN_GAIN = 1e-3
 MAX_EXCHANGES = 100
 """A bound on time; greedy starts settle within 5 to 15."""
 COARSE_LIMIT = 1e3
-"""Worst J up to which exchanges are scored in float32: the rounding error of an inverse Gram matrix
-is about J × 1e-7 relative, so a score is right to 1e-4 of itself."""
+"""Worst J up to which scores in float32 are right to 1e-4 of themselves: the rounding error of an
+inverse Gram matrix is about J × 1e-7 relative. Beyond, they are good enough to begin with."""
 SCORED_AT_ONCE = 1 << 20
 """Heads × E × r scored per batch: the working set stays in the processor's cache."""
 REFRESH_EVERY = 8
 """Windows are updated by rank two from their neighbour this often, then inverted from scratch."""
-NEARLY_SINGULAR = 1e6
-"""Mean J beyond which the next window is inverted from scratch: an update would keep the rounding
+NEARLY_SINGULAR = 1e5
+"""Worst J beyond which the next basis is inverted from scratch: an update would keep the rounding
 error of so large an inverse, about J² × 1e-16 relative to the next one."""
 
 
@@ -196,32 +196,37 @@ def _residual_min(heads: Tensor, size: int) -> Tensor:
 def _exchange(search: Heads, rows: Tensor) -> Tensor:
     """Exchange a basis row for another while that lowers Σ_g J_g. Returns the rows, ascending.
 
-    The candidates are scored in float32 unless the basis is too oblique for that; what an exchange
-    gains is computed in float64 before it is made.
+    The candidates are scored in float32; in float64 where the best of these does not help and the
+    basis is too oblique for float32. What an exchange gains is computed in float64 before it is
+    made.
     """
     inverse, log_det = _invert(search, rows)
     noise = _judge(search, rows, inverse, log_det)
     coarse = search.single
     products = coarse.y @ coarse.y[:, rows].mT
+    exactly = False
     for _ in range(MAX_EXCHANGES):
         oblique = bool(noise.max() > COARSE_LIMIT)
-        if oblique:
+        if oblique and exactly:
             change = _changes(search, rows, noise, inverse)
         else:
             change = _changes(coarse, rows, noise.float(), inverse.float(), products)
         row, slot = divmod(int(change.argmin()), len(rows))
         trial = rows.clone()
         trial[slot] = row
-        if oblique:
-            inverse, log_det = _invert(search, trial)
+        if noise.max() > NEARLY_SINGULAR:
+            new_inverse, new_log_det = _invert(search, trial)
         else:
-            inverse, growth = _replace(search, rows, inverse, row, slot)
-            log_det = log_det + growth.log()
-        after = _judge(search, trial, inverse, log_det)
-        if not after.sum() < (1 - MIN_GAIN) * noise.sum():
+            new_inverse, growth = _replace(search, rows, inverse, row, slot)
+            new_log_det = log_det + growth.log()
+        after = _judge(search, trial, new_inverse, new_log_det)
+        if after.sum() < (1 - MIN_GAIN) * noise.sum():
+            rows, noise, inverse, log_det = trial, after, new_inverse, new_log_det
+            products[:, :, slot] = (coarse.y @ coarse.y[:, row].unsqueeze(2)).squeeze(2)
+        elif oblique and not exactly:
+            exactly = True
+        else:
             break
-        rows, noise = trial, after
-        products[:, :, slot] = (coarse.y @ coarse.y[:, row].unsqueeze(2)).squeeze(2)
     return rows.sort().values
 
 
@@ -269,9 +274,9 @@ def _best_window(search: Heads, size: int) -> Tensor:
     """Slide the window by one row at a time; judge the best few once more from scratch."""
     e = search.y.shape[1]
     totals: list[float] = []
-    updates = REFRESH_EVERY
+    updates, worst = REFRESH_EVERY, 0.0
     for start in range(e - size + 1):
-        if updates == REFRESH_EVERY or totals[-1] > NEARLY_SINGULAR * len(search.y):
+        if updates == REFRESH_EVERY or worst > NEARLY_SINGULAR:
             updates = 0
             rows = torch.arange(start, start + size)
             inverse, log_det = _invert(search, rows)
@@ -281,7 +286,9 @@ def _best_window(search: Heads, size: int) -> Tensor:
             log_det = log_det + growth.log()
             rows[slot] = start + size - 1
             updates += 1
-        totals.append(float(_judge(search, rows, inverse, log_det).sum()))
+        judged = _judge(search, rows, inverse, log_det)
+        totals.append(float(judged.sum()))
+        worst = float(judged.max())
     best = torch.tensor(totals).argsort(stable=True)[:REFRESH_EVERY].tolist()
     windows = [torch.arange(start, start + size) for start in best]
     exact = [float(_judge(search, rows, *_invert(search, rows)).sum()) for rows in windows]

@@ -67,7 +67,8 @@ def _orthonormalise(y: Tensor) -> Tensor | None:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed.any():
             return None
-        y = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False).contiguous()
+        eye = torch.eye(y.shape[2], dtype=y.dtype, device=y.device).expand_as(factor)
+        y = y @ torch.linalg.solve_triangular(factor, eye, upper=False).mT
         gram = y.mT @ y
         off = float((gram - torch.eye(y.shape[2], dtype=y.dtype, device=y.device)).abs().max())
         if off < ORTHONORMAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import bda_fx
-from bda_fx.generate_inputs import SPAN, generate_inputs
+from bda_fx.generate_inputs import SPAN, generate_inputs, make_tensor
 from tests import models
 from tests.models import Case
 
@@ -63,6 +64,18 @@ def test_integers_stay_below_the_tables_that_they_index() -> None:
     assert fidelity.num_inputs == len(made)
     note = f"on {len(made)} inputs generated from the signature: real ones tell more"
     assert note in str(fidelity)
+
+
+def test_ids_by_rank_are_log_uniform() -> None:
+    ids = torch.zeros(100, 100, dtype=torch.int64)
+    (words,) = exported(nn.Embedding(1000, 4), (ids,)).graph.find_nodes(op="placeholder")[1:]
+    random = torch.Generator().manual_seed(0)
+    drawn = make_tensor(words, list(ids.shape), random, by_rank=True)
+    assert drawn.min() == 0
+    assert 900 < drawn.max() < 1000
+    for below in (1, 10, 100, 1000):
+        expected = math.log(below + 1) / math.log(1001)
+        assert float((drawn < below).float().mean()) == pytest.approx(expected, abs=0.02)
 
 
 class Joined(nn.Module):
