@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
-from bda_fx.derived_weights import DerivedWeights
+from bda_fx.derived_weights import DerivedWeights, Snapshot
 from bda_fx.kernels import basis_projection_cuda
 from bda_fx.kernels.packed_projection import serves
 from bda_fx.kernels.source_key import kernel_source_key
@@ -64,6 +64,7 @@ def bda_backend(
     if uses_autocast(module, example_inputs):
         log.warning("bda_fx: autocast chooses dtypes op by op, so the original graph is compiled")
         return inner(module, example_inputs)
+    before = Snapshot.of(example_inputs)
     try:
         with step("canonicalize"):
             program = canonicalize_dynamo(module, example_inputs)
@@ -81,7 +82,7 @@ def bda_backend(
         if not outcome.plan.sites:
             return inner(module, example_inputs)
         with step("compile"):
-            return _compile(outcome, module, example_inputs, chosen, inner, bases)
+            return _compile(outcome, module, example_inputs, chosen, inner, bases, before)
     except StepError as error:
         if chosen.strict:
             raise
@@ -112,8 +113,12 @@ def _compile(
     options: Options,
     inner: Callable[[fx.GraphModule, list[Any]], Compiled],
     bases: Mapping[str, Any],
+    before: Snapshot,
 ) -> Compiled:
-    """Compile the rewritten graph and wrap it with the look-up of its derived weights."""
+    """Compile the rewritten graph and wrap it with the look-up of its derived weights.
+
+    Those of the example are there already, and kept unless a parameter changed since ``before``.
+    """
     graph = outcome.program.graph
     originals = graph.find_nodes(op="placeholder")[len(outcome.inputs) :]
     live = [at for at, node in enumerate(originals) if node.users]
@@ -130,6 +135,9 @@ def _compile(
     assert outcome.constants is not None
     weights = [names[root] for root in outcome.constants.roots]
     derived_weights = DerivedWeights(_derivation(outcome, bases))
+    derived = tuple(outcome.tensors.values())
+    if outcome.fit and not any(x.is_inference() or x.requires_grad for x in derived):
+        derived_weights.keep([example_inputs[i] for i in weights], derived, before)
     original = _Original(module, options)
 
     def call(*args: Any) -> Any:

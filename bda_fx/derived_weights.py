@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 
 from bda_fx.cache_bases import forget_bases
 
@@ -55,6 +56,27 @@ class _Entry:
     derived: Any
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What PyTorch keeps of changes to tensors, as it was at one time, by their identity."""
+
+    epoch: int
+    states: dict[int, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Snapshot:
+        """Of those of ``tensors`` that have a version and a storage of their own."""
+        known = [t for t in tensors if type(t) in (Tensor, Parameter) and not t.is_inference()]
+        states = zip(map(id, known), _state(known), strict=True)
+        return cls(_epoch, dict(states))
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all ``tensors`` were seen and are as they were."""
+        if self.epoch != _epoch or any(id(t) not in self.states for t in tensors):
+            return False
+        return [self.states[id(t)] for t in tensors] == _state(tensors)
+
+
 class DerivedWeights:
     """Derived tensors of one compiled graph, by the parameters they are computed from."""
 
@@ -84,6 +106,22 @@ class DerivedWeights:
         return all(torch.equal(torch.cat(views), seen) for views, seen in entry.probes)
 
     def make(self, key: tuple[int, ...], parameters: Sequence[Tensor]) -> _Entry:
+        # State first: a change that races with the computation is then seen at the next call.
+        entry = self._entry(key, parameters)
+        with torch.inference_mode(False), torch.no_grad():
+            entry.derived = self.compute(parameters)
+        return entry
+
+    def keep(self, parameters: Sequence[Tensor], derived: Any, since: Snapshot) -> None:
+        """Keep what was already computed of ``parameters``, unless one changed ``since``."""
+        if since.holds(parameters):
+            key = tuple(map(id, parameters))
+            entry = self._entry(key, parameters)
+            entry.derived = derived
+            self.entries[key] = entry
+
+    def _entry(self, key: tuple[int, ...], parameters: Sequence[Tensor]) -> _Entry:
+        """An entry for the parameters as they are now, without derived tensors."""
         entries = weakref.ref(self)
 
         def drop(_: Any) -> None:
@@ -91,19 +129,15 @@ class DerivedWeights:
             if owner is not None:
                 owner.entries.pop(key, None)
 
-        # State first: a change that races with the computation is then seen at the next call.
-        state = _state(parameters)
         with torch.inference_mode(False), torch.no_grad():
-            probes = _probes(parameters)
-            derived = self.compute(parameters)
-        return _Entry(
-            _epoch,
-            tuple(weakref.ref(p, drop) for p in parameters),
-            state,
-            [StorageWeakRef(p.untyped_storage()) for p in parameters],
-            probes,
-            derived,
-        )
+            return _Entry(
+                _epoch,
+                tuple(weakref.ref(p, drop) for p in parameters),
+                _state(parameters),
+                [StorageWeakRef(p.untyped_storage()) for p in parameters],
+                _probes(parameters),
+                None,
+            )
 
     @property
     def nbytes(self) -> int:

