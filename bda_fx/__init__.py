@@ -19,6 +19,9 @@ _HOME = {
     "analyze": "api",
     "rewrite": "api",
     "Rewrite": "api",
+    "import_onnx": "importers.import_onnx",
+    "OnnxFileError": "importers.op_table",
+    "OnnxImportError": "importers.op_table",
     "export_onnx": "exporters.export_onnx",
     "export_tensorrt": "exporters.export_tensorrt",
     "export_aoti": "exporters.export_aoti",
@@ -58,6 +61,9 @@ if TYPE_CHECKING:
     from bda_fx.fidelity import Fidelity as Fidelity
     from bda_fx.fidelity import OutputFidelity as OutputFidelity
     from bda_fx.fidelity import verify as verify
+    from bda_fx.importers.import_onnx import import_onnx as import_onnx
+    from bda_fx.importers.op_table import OnnxFileError as OnnxFileError
+    from bda_fx.importers.op_table import OnnxImportError as OnnxImportError
     from bda_fx.options import OptionError as OptionError
     from bda_fx.options import Options as Options
     from bda_fx.pipeline import StepError as StepError

@@ -18,7 +18,7 @@ import bda_fx
 from bda_fx.api import Calibration
 from bda_fx.cli.errors import CliError, ExitCode, first_line
 from bda_fx.cli.foresee_memory import return_freed_memory
-from bda_fx.cli.open_model import Opened, Settings, open_model
+from bda_fx.cli.open_model import Opened, Settings, kind_of, open_model
 from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result
 from bda_fx.cli.show_report import report_table, saved_params
@@ -75,9 +75,17 @@ def inspect_model(
 def rewrite_model(
     name: str, out: Path, settings: Settings, options: Mapping[str, Any], *, force: bool
 ) -> Any:
-    """Write the rewritten program to ``out``, a ``.pt2`` file."""
+    """Write the rewritten program to ``out``, a ``.pt2`` file; as ONNX, where that is asked for by
+    its suffix, or the model is an ONNX file and ``out`` has none. That is proved like any export,
+    and like any rewrite it leaves no site out for its speed."""
 
     def work(stages: Stages) -> Result:
+        if out.suffix == ".onnx" or (not out.suffix and kind_of(name) == "onnx"):
+            to_onnx = export_model(
+                name, "onnx", out.with_suffix(".onnx"), settings, options, force=force,
+                arguments={"measure": False},
+            )  # fmt: skip
+            return cast(Result, to_onnx(stages))
         _check_suffix(out, ".pt2")
         check_destination(out, overwrite=force)
         return_freed_memory()
@@ -131,10 +139,12 @@ def export_model(
             )
         _check_suffix(out, SUFFIXES[target])
         check_destination(out, overwrite=force)
-        exporter = getattr(bda_fx, EXPORTERS[target])
+        exporter, known = getattr(bda_fx, EXPORTERS[target]), dict(arguments)
         opened = _open(name, _with_space(settings, out, force), stages)
         with _steps(stages, f"exporting to {target}", None):  # how many plans it takes shows later
             program = program_of(opened, stages)
+            if target == "onnx" and opened.source is not None:
+                known["source"] = opened.source
             exported = exporter(
                 program,
                 out,
@@ -146,7 +156,7 @@ def export_model(
                 inputs=opened.more_inputs(PROOFS) if opened.more_inputs else None,
                 calibration=_calibration(opened, settings),
                 command=command_line(),
-                **arguments,
+                **known,
             )
         return Result({"model": name, **exported.to_dict()}, str(exported))
 

@@ -6,7 +6,7 @@ model.pt2                           torch.export.save       open_saved.py
 timm:NAME, weights by --weights     timm                    open_saved.py
 package.module:function             a factory of your own   open_saved.py
 model.pt, .pth, .bin, .ckpt         a pickle, with --unsafe open_saved.py
-model.onnx                          for verify alone
+model.onnx                          ONNX                    open_onnx.py
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Opened:
     more_inputs: Callable[[int], list[Inputs]] | None = None
     real: bool = False
     weight_bytes: int = 0
+    source: Path | None = None
+    """The ONNX file that a program was read from."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,24 +119,19 @@ def open_model(name: str, settings: Settings) -> Opened:
         CliError: it cannot be opened, and why.
     """
     kind = kind_of(name)
-    if kind == "onnx":
-        raise CliError(
-            f"{name} is an ONNX file: only verify takes those",
-            "pass the model or the .pt2 file that it was exported from",
-            ExitCode.CANNOT_OPEN,
-        )
     if kind == "huggingface":
         from bda_fx.cli.open_huggingface import open_huggingface
 
         opened = open_huggingface(Path(name), settings)
     else:
-        from bda_fx.cli import open_saved
+        from bda_fx.cli import open_onnx, open_saved
 
         opener: Mapping[str, Callable[[str, Settings], Opened]] = {
             "program": open_saved.open_program,
             "pickle": open_saved.open_pickle,
             "timm": open_saved.open_timm,
             "factory": open_saved.open_factory,
+            "onnx": open_onnx.open_onnx,
         }
         opened = opener[kind](name, settings)
         if settings.texts is not None:

@@ -24,8 +24,8 @@ def open_program(name: str, settings: Settings) -> Opened:
         CliError: it is damaged, of another kind, or would run code when loaded.
     """
     path = Path(name)
-    _only_modules("--dtype", settings.dtype != "auto", name)
-    _only_modules("--task", settings.task is not None, name)
+    only_modules("--dtype", settings.dtype != "auto", name)
+    only_modules("--task", settings.task is not None, name)
     scanned = scan_archive(path, unsafe=settings.unsafe)
     settings.check_memory(scanned.weight_bytes)
     for module in scanned.modules:
@@ -49,7 +49,7 @@ def open_factory(name: str, settings: Settings) -> Opened:
     The module is imported as Python would from the current directory.
     """
     module_name, _, function_name = name.partition(":")
-    _only_modules("--task", settings.task is not None, name)
+    only_modules("--task", settings.task is not None, name)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -112,7 +112,7 @@ def open_timm(name: str, settings: Settings) -> Opened:
             f"some that it has: {near or 'see timm.list_models()'}",
             ExitCode.CANNOT_OPEN,
         )
-    _only_modules("--task", settings.task is not None, name)
+    only_modules("--task", settings.task is not None, name)
     if settings.weights is None and not settings.config_only:
         raise CliError(
             f"{name} without weights is a random model",
@@ -172,7 +172,7 @@ def _checked(name: str, kind: str, made: Any, settings: Settings) -> Opened:
             kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
         state = (*model.parameters(), *model.buffers())
     else:
-        _only_modules("--dtype", settings.dtype != "auto", name)
+        only_modules("--dtype", settings.dtype != "auto", name)
         state = tuple(v for v in model.state_dict.values() if isinstance(v, Tensor))
     opened = Opened(name, kind, model, tuple(args), dict(kwargs))
     opened.weight_bytes = sum(t.numel() * t.element_size() for t in state)
@@ -221,7 +221,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if floating else value
 
 
-def _only_modules(option: str, given: bool, name: str) -> None:
+def only_modules(option: str, given: bool, name: str) -> None:
     if given:
         raise CliError(
             f"{option} does not apply to {name}",

@@ -50,7 +50,8 @@ class Compiler(StrEnum):
 
 
 MODEL_HELP = (
-    "A Hugging Face directory, a .pt2 file, timm:NAME with --weights, or package.module:function."
+    "A Hugging Face directory, a .pt2 or .onnx file, timm:NAME with --weights, or "
+    "package.module:function."
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]

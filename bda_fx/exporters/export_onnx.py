@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from bda_fx.exporters.run_onnx import Session
+    from bda_fx.exporters.source_onnx import Source
 
 EXTERNAL_FROM = 2**31 - 2**26
 """Bytes of weights from which on they go into a file of their own: protobuf ends at 2 GiB, and the
@@ -36,7 +37,7 @@ graph needs room too."""
 
 
 def export_onnx(
-    model_or_program: nn.Module | ExportedProgram | Pair,
+    model_or_program: nn.Module | ExportedProgram | Pair | str | os.PathLike[str],
     path: str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -54,6 +55,7 @@ def export_onnx(
     external_data: bool | None = None,
     threads: int = 0,
     command: str | None = None,
+    source: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Rewrite a model and write it as ONNX, with the proof that it is the same model beside it.
 
@@ -61,13 +63,15 @@ def export_onnx(
     ``model.onnx.bda.json`` and ``model.onnx.bda.md``: identity, sizes, noise, latency, sites.
 
     Args:
-        model_or_program: a module in ``eval()``, a program, or what ``rewrite_pair`` made of one.
+        model_or_program: a module in ``eval()``, a program, what ``rewrite_pair`` made of one, or
+            an ONNX file, which ``import_onnx`` reads.
         path: where to write; external data is put beside it as ``<name>.data``.
         args, kwargs: example inputs for a module.
         dynamic_shapes: as in ``torch.export.export``; names of ``Dim`` become names of axes.
         options: of the rewrite. A basis left "auto" is "slices": ONNX Runtime gathers along the
             last axis element by element, which costs more than the smaller product saves.
-        opset: the operator set, by default 23.
+        opset: the operator set, by default 23; of an ONNX file that is rewritten its own, from 18
+            on.
         overwrite: replace existing files.
         check: check the model, load it at every optimisation level of ONNX Runtime, and compare it
             there with the original (``prove``).
@@ -84,6 +88,9 @@ def export_onnx(
         external_data: whether weights go into a file of their own; by default from 2 GB on.
         threads: of ONNX Runtime, for what is measured; 0 is all cores.
         command: how the user called this, for the evidence.
+        source: the ONNX file that a program was read from. Names of inputs and axes are then as
+            they are there, and the original of proof and timings is that file itself; a program
+            that is not the same model is refused.
 
     Raises:
         ExportError: a package is missing, the output cannot be written, the model does not
@@ -98,11 +105,23 @@ def export_onnx(
     if check:
         require("onnxruntime", "'bda-fx[onnx]'", "export_onnx(check=True)")
     with place_output(path, overwrite=overwrite) as staging:
+        if isinstance(model_or_program, str | os.PathLike):
+            from bda_fx.importers.import_onnx import import_onnx
+
+            source = model_or_program
+            model_or_program = import_onnx(source)
         pair = rewrite_pair(model_or_program, args, kwargs, dynamic_shapes, options, calibration)
+        names: dict[str, str] = {}
+        given: Source | None = None
+        if source is not None:
+            from bda_fx.exporters.source_onnx import prove_source, read_source
+
+            given = read_source(Path(source), pair.original)
+            names, dynamic_shapes, opset = given.names, given.axes, opset or given.opset
         needed = 2 * (pair.report.bytes_before or 0)
         check_destination(staging.destination, overwrite=overwrite, needed=needed)
         original = staging.scratch / "original.onnx"
-        write_onnx(pair.original, original, dynamic_shapes, opset, external_data)
+        write_onnx(pair.original, original, dynamic_shapes, opset, external_data, input_names=names)
         sites: dict[str, Timing] = {}
         details: dict[str, Any] = {}
         fidelity: Fidelity | None = None
@@ -129,8 +148,9 @@ def export_onnx(
                 "bda_fx.summary": pair.report.summary(),
             }
             model = write_onnx(
-                pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata
-            )
+                pair.rewritten, staging.path, dynamic_shapes, opset, external_data, metadata,
+                input_names=names,
+            )  # fmt: skip
             details["opset"] = model.opset_imports[""]
 
         if check:
@@ -138,21 +158,27 @@ def export_onnx(
             from bda_fx.exporters.run_onnx import Session
 
             batches, made = pair.inputs(inputs)
-            before = Session(original, pair.original, threads=threads)
+            before = reference = Session(original, pair.original, threads=threads, names=names)
+            if given is not None:
+                reference = Session(given.path, pair.original, threads=threads, names=names)
+                same = prove_source(given, pair.original, reference, before, batches, made=made)
+                details["source"] = {**given.to_dict(), "noise_of_reading": same.noise_ratio}
 
             def attempt(pair: Pair, limit: float) -> Fidelity:
                 write(pair, limit)
-                after = Session(staging.path, pair.original, threads=threads)
-                return prove(pair.original, before, after, batches, made=made, budget=limit)
+                after = Session(staging.path, pair.original, threads=threads, names=names)
+                return prove(pair.original, reference, after, batches, made=made, budget=limit)
 
             while True:
                 pair, fidelity, way = meet_budget(pair, attempt, budget, calibration, settle)
                 if measure:
-                    after = Session(staging.path, pair.original, threads=threads)
+                    after = Session(staging.path, pair.original, threads=threads, names=names)
                     timings = _time(before, after, batches[:2])
                 if not (chooses and pair.report.rewritten and any(map(is_slower, timings))):
                     break
                 pair = pair.without(_slowest_half(pair.report, sites), calibration)
+            if measure and reference is not before:
+                timings = _time(reference, after, batches[:2])
             details |= {"proof": way, **check_onnx(pair, original, staging)}
         else:
             write(pair, budget)
@@ -166,7 +192,7 @@ def export_onnx(
             report=pair.report,
             fidelity=fidelity,
             fidelity_reason=None if check else "check=False",
-            bytes_before=weight_bytes(original),
+            bytes_before=weight_bytes(original if given is None else given.path),
             bytes_after=weight_bytes(staging.path),
             file_bytes=sum((staging.directory / file.name).stat().st_size for file in files),
             timings=timings,
@@ -185,10 +211,12 @@ def write_onnx(
     external_data: bool | None,
     metadata: Mapping[str, str] | None = None,
     broadcast: bool = False,
+    input_names: Mapping[str, str] | None = None,
 ) -> ir.Model:
     """Translate ``program``, save it and return it.
 
     ``broadcast`` keeps the broadcast sums of the rewritten form (see ``spell_sums``).
+    ``input_names``: name in the file → input of the program, where they differ.
 
     Raises:
         ExportError: an op has no translation; with the translator's reason.
@@ -196,7 +224,7 @@ def write_onnx(
     import onnx_ir as ir
 
     from bda_fx.exporters.spell_sums import spell_sums
-    from bda_fx.exporters.translate_onnx import drop_notes, translate_onnx
+    from bda_fx.exporters.translate_onnx import drop_notes, rename_inputs, translate_onnx
 
     try:
         model = translate_onnx(program, dynamic_shapes, opset)
@@ -208,6 +236,7 @@ def write_onnx(
     if not broadcast:
         model = spell_sums(model)
     drop_notes(model)
+    rename_inputs(model, input_names or {})
     model.metadata_props.update(metadata or {})
     for file in (path, path.with_name(f"{path.name}.data")):
         file.unlink(missing_ok=True)  # of an earlier attempt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,15 @@ class Session:
         threads: int = 0,
         providers: Sequence[str] | None = None,
         save_optimized: Path | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """As :func:`open_session`."""
+        """As :func:`open_session`. ``names``: input of the file → input of the program, where
+        they differ."""
         self.session = open_session(
             path, level=level, threads=threads, providers=providers, save_optimized=save_optimized
         )
         self.program = program
+        self.aliases = dict(names or {})
         self.names = [value.name for value in self.session.get_inputs()]
 
     def feeds(self, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
@@ -88,7 +91,7 @@ class Session:
             for spec, value in zip(specs, values, strict=True)
             if spec.kind is InputKind.USER_INPUT
         }
-        return {name: given[name] for name in self.names}
+        return {name: given[self.aliases.get(name, name)] for name in self.names}
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         """Tensor outputs for inputs (args, kwargs)."""

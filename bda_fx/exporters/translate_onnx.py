@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from bda_fx.exporters.spell_complex import spell_complex
 
+log = logging.getLogger("bda_fx")
+
 OPSET = 23
 """The newest operator set that both torch's translator and ONNX Runtime release. From 23 on an
 attention stays one op, ``Attention``, which ONNX Runtime runs 5 % faster (rxnfp, CPU)."""
@@ -35,7 +37,7 @@ def translate_onnx(
 
     ``dynamic_shapes``: as in ``torch.export.export``; names of its ``Dim`` become those of axes.
     """
-    with _quiet(), torch.no_grad():
+    with _quiet(), _small_numbers_kept(), torch.no_grad():
         translated = torch.onnx.export(
             spell_complex(program),
             (),
@@ -131,6 +133,24 @@ def _asked_name(given: Any, axis: int) -> str | None:
     return getattr(dim, "__name__", None) if isinstance(dim, torch.export.Dim) else None
 
 
+def rename_inputs(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Give inputs the names that ``names`` has for theirs: name in the file → input of the program.
+
+    What else has such a name gets another.
+    """
+    wanted = {ours: name for name, ours in names.items() if ours != name}
+    if not wanted:
+        return
+    taken = set(wanted.values())
+    inner = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*model.graph.initializers.values(), *inner):
+        if value.name in taken and not value.is_graph_output():
+            value.name = f"{value.name}_inner"
+    for value in model.graph.inputs:
+        if value.name in wanted:
+            value.name = wanted[value.name]
+
+
 def drop_notes(model: ir.Model) -> None:
     """Drop what translator and rewrite rules note at nodes and values for their own debugging."""
     model.graph.metadata_props.clear()
@@ -158,3 +178,28 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _small_numbers_kept() -> Iterator[None]:
+    """Without rules of the translator's optimiser that are no identities.
+
+    It matches constants within 1e-8, or 1e-5 of their size (onnxscript 0.7): the epsilon 1e-12 of a
+    norm that is spelled out counts as 0 and is dropped, and a factor of 1.000005 as 1.
+    """
+    try:
+        from onnxscript import rewriter
+        from onnxscript.rewriter.rules.common import _no_op
+
+        rules = rewriter._DEFAULT_REWRITE_RULES
+        exact = (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule)
+        inexact = {id(rule) for rule in _no_op.rules if rule not in exact}
+    except (ImportError, AttributeError) as error:  # another version keeps them elsewhere
+        log.warning("bda_fx: numbers below 1e-8 may be lost in translation (%s)", error)
+        yield
+        return
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if id(rule) not in inexact)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules

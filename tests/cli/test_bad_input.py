@@ -83,12 +83,6 @@ def test_a_truncated_onnx_file(cli: Cli, bert: Path, tmp_path: Path) -> None:
     assert_refused(ran, ExitCode.CANNOT_OPEN, "no ONNX model, or damaged", "once more")
 
 
-def test_an_onnx_file_where_only_verify_takes_one(cli: Cli, tmp_path: Path, out: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"")
-    ran = cli("rewrite", tmp_path / "model.onnx", "-o", out)
-    assert_refused(ran, ExitCode.CANNOT_OPEN, "only verify takes those", ".pt2")
-
-
 def test_a_truncated_program(cli: Cli, rewritten: Path, tmp_path: Path, out: Path) -> None:
     path = tmp_path / "cut.pt2"
     path.write_bytes(rewritten.read_bytes()[:5000])

@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_module_once(packed: Packed, checkout: Path) -> No
         names = wheel.namelist()
     assert [name for name, count in Counter(names).items() if count > 1] == []
     packages = [name for name in names if ".dist-info" not in PurePosixPath(name).parts[0]]
-    folders = ("bda_fx", "bda_fx/cli", "bda_fx/exporters", "bda_fx/testing")
+    folders = ("bda_fx", "bda_fx/cli", "bda_fx/exporters", "bda_fx/importers", "bda_fx/testing")
     modules = [path.relative_to(checkout) for f in folders for path in checkout.glob(f"{f}/*.py")]
     passes = [Path("bda_fx", path.relative_to(checkout)) for path in checkout.glob("passes/*.py")]
     kernels = [
