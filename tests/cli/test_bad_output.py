@@ -34,7 +34,7 @@ def test_an_existing_output(cli: Cli, bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_suffix_that_says_something_else(cli: Cli, bert: Path, tmp_path: Path) -> None:
-    ran = cli("rewrite", bert, "-o", tmp_path / "model.onnx")
+    ran = cli("rewrite", bert, "-o", tmp_path / "model.safetensors")
     assert_refused(ran, ExitCode.USAGE, "wrong suffix", "model.pt2")
 
 
