@@ -59,8 +59,9 @@ noise is 1.0 to 1.1 times (MiniLM-L6) or 1.2 to 1.6 times (rxnfp) what is predic
 more where a GEMM's runs are short: what C makes of real inputs has larger partial sums."""
 MOST_OUTPUTS = 4
 """Outputs that are looked at: each takes a backward pass, and the first ones matter."""
-MOST_WORK = 3e10
-"""Multiplications of linears up to which an estimate is made unasked: a few seconds."""
+MOST_WORK = 8e10
+"""Multiplications of linears, over all draws, up to which an estimate is made unasked: a few
+seconds. Where two draws would take more, there is one."""
 MOST_BYTES = 4 << 30
 """Memory up to which an estimate is made unasked: a backward pass keeps the values of all nodes."""
 
@@ -97,7 +98,8 @@ def estimate_shares(
     """
     if not sites:
         return Shares([], {})
-    if examples is None and (_work(program) > MOST_WORK or _kept(program) > MOST_BYTES):
+    draws = min(DRAWS, int(MOST_WORK // max(_work(program), 1.0)))
+    if examples is None and (draws < 1 or _kept(program) > MOST_BYTES):
         log.info("bda_fx: noise shares are not estimated, the program is too large")
         return None
     try:
@@ -105,7 +107,7 @@ def estimate_shares(
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
             given = examples or [
-                Example(_made_up(program, random, by_rank=draw % 2 == 1)) for draw in range(DRAWS)
+                Example(_made_up(program, random, by_rank=draw % 2 == 1)) for draw in range(draws)
             ]
             run = Backward(program, sites, typical=examples is not None)
             totals = [_shares(program, sites, run, example, random) for example in given]

