@@ -12,9 +12,10 @@ ratio of pairs, with its 95 % interval. Beside it:
   projections over the cache, by themselves, over that of the step, 1 / (1 - p r / E).
 
 In decode ``kv_b_proj`` runs over all latents in the cache at each step; a step takes one token.
-Models without weights at hand are random, with the shapes of the public ones. With ``--only`` or
-``--dtype`` these cells are measured again, and the others stay as they were in the results; those of
-another machine or other versions are left alone.
+Models without weights at hand are random, with the shapes of the public ones.
+
+With ``--only`` or ``--dtype`` these cells are measured again, and the others stay as they were in
+the results; those of another machine or other versions are left alone.
 """
 
 from __future__ import annotations
