@@ -114,10 +114,12 @@ class DerivedWeights:
 
     def keep(self, parameters: Sequence[Tensor], derived: Any, since: Snapshot) -> None:
         """Keep what was already computed of ``parameters``, unless one changed ``since``."""
-        if since.holds(parameters):
-            key = tuple(map(id, parameters))
-            entry = self._entry(key, parameters)
-            entry.derived = derived
+        if not since.holds(parameters):
+            return
+        key = tuple(map(id, parameters))
+        entry = self._entry(key, parameters)
+        entry.derived = derived
+        if since.holds(parameters):  # once more: what changes from now on is seen by the entry
             self.entries[key] = entry
 
     def _entry(self, key: tuple[int, ...], parameters: Sequence[Tensor]) -> _Entry:

@@ -342,3 +342,22 @@ def test_scores_masked_with_infinity() -> None:
     found = shares_of(Attention(core="spelled", scores=scores), randn(B, S, E))
     assert found is not None
     assert all(0 < share < 1 for (share,) in found)
+
+
+def test_an_op_that_knows_float32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it errs by is then what the model of sums says."""
+    compute = Wide.call_function
+
+    def alone(self: Wide, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.dtype == torch.float64 and target is torch.ops.aten.linear.default:
+            raise RuntimeError("float32 alone")
+        return compute(self, target, args, kwargs)
+
+    x = randn(B, S, E)
+    usual = shares_of(Attention(), x)
+    monkeypatch.setattr(Wide, "call_function", alone)
+    found = shares_of(Attention(), x)
+    assert found is not None
+    assert usual is not None
+    assert all(share > 0 for (share,) in found)
+    assert found != usual
