@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record
+from benchmarks.resident_memory import forget_peak, resident_mib
 
 SEED = 0
 ROUNDS = 3
@@ -51,13 +52,13 @@ def make(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def first_call(name: str, backend: str, inner: str) -> dict[str, Any]:
-    """Seconds and MiB of the first call in this process, and the time of a later one."""
+    """Seconds of the first call in this process, and MiB by the end of a second one."""
     options = {"inner": inner} if backend == "bda" else None
     model, batch = make(name)
     compiled = torch.compile(model, backend=backend if options else inner, options=options)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident_mib("VmRSS")
     with torch.no_grad():
         start = time.perf_counter()
         compiled(**batch)
@@ -66,14 +67,9 @@ def first_call(name: str, backend: str, inner: str) -> dict[str, Any]:
     gc.collect()
     return {
         "seconds": seconds,
-        "peak_mib": resident("VmHWM") - before,
-        "kept_mib": resident("VmRSS") - before,
+        "peak_mib": resident_mib("VmHWM") - before,
+        "kept_mib": resident_mib("VmRSS") - before,
     }
-
-
-def resident(kind: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{kind}:")[1].split()[0]) / 2**10
 
 
 def in_a_process_of_its_own(name: str, backend: str, inner: str, cache: Path) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import record
 import torch
 from procedures import PROCEDURES, SEED, STAGES, Projection, Stages, noise_of
+from resident_memory import forget_peak, resident_mib
 from step_times import step_times
 
 import bda_fx
@@ -91,18 +91,11 @@ def gain_of_peak(projections: tuple[Projection, ...], name: str) -> float:
 def measure_peak(name: str, projections: list[Projection]) -> float:
     PROCEDURES[name](*SMALL.weights())  # libraries load and start their threads
     weights = [projection.weights() for projection in projections]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
-    before = _resident_mib("VmRSS")
+    forget_peak()
+    before = resident_mib("VmRSS")
     for near, far in weights:
         PROCEDURES[name](near, far)
-    return _resident_mib("VmHWM") - before
-
-
-def _resident_mib(kind: str) -> float:
-    """Resident now ("VmRSS") or at most ("VmHWM"). Not ``ru_maxrss``: that of a child begins at
-    what its parent has."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{kind}:")[1].split()[0]) / 2**10
+    return resident_mib("VmHWM") - before
 
 
 # -- growth ------------------------------------------------------------------------------------

@@ -193,6 +193,25 @@ def most_tokens(model: nn.Module) -> int | None:
     return most if isinstance(most, int) and most > 1 else None
 
 
+def load_inputs(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        CliError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CliError(
+            f"--inputs {path} cannot be read: {first_line(error)}",
+            "write it with safetensors.torch.save_file({'input_ids': …}, path)",
+            ExitCode.CANNOT_OPEN,
+        ) from error
+
+
 def read_inputs(opened: Opened, path: Path, *, dynamic: bool) -> None:
     """Put the tensors of a safetensors file in place of the example: its names are those of
     keyword inputs, or 0, 1, … for positional ones.
@@ -200,17 +219,7 @@ def read_inputs(opened: Opened, path: Path, *, dynamic: bool) -> None:
     Raises:
         CliError: the file is missing or damaged, or a name is no input of the model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CliError(
-            f"--inputs {path} cannot be read: {first_line(error)}",
-            "write it with safetensors.torch.save_file({'input_ids': …}, path)",
-            ExitCode.CANNOT_OPEN,
-        ) from error
+    tensors = load_inputs(path)
     if isinstance(opened.model, nn.Module):
         known = inspect.signature(opened.model.forward).parameters
         catch_all = any(p.kind is p.VAR_KEYWORD for p in known.values())

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
-from bda_fx.cli.errors import CliError, ExitCode, first_line
+from bda_fx.cli.errors import CliError, ExitCode
+from bda_fx.cli.example_inputs import load_inputs
 from bda_fx.cli.open_model import Opened, Settings
 from bda_fx.cli.open_saved import only_modules
 
@@ -49,10 +50,10 @@ def open_onnx(name: str, settings: Settings) -> Opened:
 
 def _sizes(signature: Signature, settings: Settings) -> dict[str, int]:
     """Sizes of the example: those of the inputs given, or the batch and length asked for."""
-    given = {} if settings.inputs is None else _given_shapes(settings.inputs)
+    given = {} if settings.inputs is None else load_inputs(settings.inputs)
     sizes = {}
     for value in signature.inputs:
-        shape = given.get(value.name)
+        shape = given[value.name].shape if value.name in given else None
         for at, axis in enumerate(value.axes or ()):
             if axis.size is not None:
                 continue
@@ -61,21 +62,6 @@ def _sizes(signature: Signature, settings: Settings) -> dict[str, int]:
             elif not settings.dynamic and at < 2:
                 sizes[f"{value.name} {at}"] = settings.batch if at == 0 else settings.length
     return sizes
-
-
-def _given_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors in a safetensors file, by name."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CliError(
-            f"--inputs {path} cannot be read: {first_line(error)}",
-            "write it with safetensors.torch.save_file({'input_ids': …}, path)",
-            ExitCode.CANNOT_OPEN,
-        ) from error
 
 
 def _fixed(signature: Signature, program: ExportedProgram) -> list[str]:

@@ -55,10 +55,8 @@ class Source:
 
     def to_dict(self) -> dict[str, str]:
         """What the evidence tells of it."""
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256")
         return {"name": self.path.name, "sha256": digest.hexdigest()}
 
 
