@@ -101,6 +101,11 @@ class BasisSearch:
     def _search(self) -> Heads:
         return orthonormal_heads(self.heads)
 
+    def release(self) -> None:
+        """Let go of the orthonormalised heads, three times the memory of float32 weights; they are
+        made again where rows, or the obliqueness of another size, are asked for."""
+        self.__dict__.pop("_search", None)
+
     def rows(self, size: int) -> Tensor:
         """Basis rows [size], ascending int64 on the CPU."""
         rows = self.first_rows(size)

@@ -48,6 +48,10 @@ QUANTISED_SHARE = 0.5
 has a third of its weights. Models planned with it measure 1.03 … 1.09 where 1.25 is allowed
 (MiniLM-L6 and rxnfp, int8 and fp8); planned with half of it, 1.04 … 1.22."""
 
+KEPT_SEARCHES = 256 << 20
+"""Bytes that all searches together may keep for the next; beyond, each begins anew: at a model of
+28 layers of width 1,024 that would be half of the weights' own memory."""
+
 
 @dataclass(frozen=True)
 class Planning:
@@ -283,8 +287,11 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
     best, most = [choice.chosen for choice in choices], -1.0
     outputs = len(choices[0].shares[0]) if choices and not spend.alike else 1
     ways = [noisiest, all_alike] if outputs > 1 else [noisiest]
+    frugal = sum(choice.search_bytes for choice in choices) > KEPT_SEARCHES
+    for choice in choices:
+        choice.frugal = frugal
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda choice: choice.costs(0), choices))
+        list(pool.map(Choice.estimate, choices))
         while ways:
             spend.choose(choices, ways[0])
             if not all(choice.settled for choice in choices):

@@ -84,6 +84,8 @@ class Choice:
     optimize_for: str | None = None
     observed: Mapping[FactorKey, Observed] = field(default_factory=dict)
     chosen: int = 0
+    frugal: bool = False
+    """Whether nothing is kept between searches that the next can compute once more."""
     _fits: dict[int, BasisFits] = field(default_factory=dict)
 
     @property
@@ -98,6 +100,12 @@ class Choice:
     def sites(self) -> Sequence[Site]:
         """The sites as the chosen step sees them."""
         return self.views[self.step.view if self.step else 0]
+
+    @property
+    def search_bytes(self) -> int:
+        """What searches keep unless they are ``frugal``: the heads in float64 and in float32."""
+        heads = (len(site.features) * site.decomposed for site in self.views[0])
+        return 12 * self.views[0][0].basis_features * sum(heads)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,6 +156,19 @@ class Choice:
     def find(self, step: int) -> None:
         """Find the rows of a step."""
         self.fits(self.steps[step].view).fits(self.steps[step].size)
+        self._release()
+
+    def estimate(self) -> None:
+        """Estimate the noise of all steps of the side that is worth most."""
+        for number, step in enumerate(self.steps):
+            if step.view == self.steps[0].view:
+                self.noise(number)
+        self._release()
+
+    def _release(self) -> None:
+        if self.frugal:
+            for fits in self._fits.values():
+                fits.search.release()
 
     def costs_hoped_for(self, step: int) -> list[float] | None:
         """Costs of a step if its noise is below the estimate by as much as that may err; None where
