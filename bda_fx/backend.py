@@ -29,6 +29,7 @@ from bda_fx.passes.transform_weights import Form, transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.profitability import Offer, offer_aten
 from bda_fx.report import report_of
+from bda_fx.rewrite_cache import RewriteCache
 
 log = logging.getLogger("bda_fx")
 Compiled = Callable[..., Any]
@@ -66,16 +67,7 @@ def bda_backend(
         return inner(module, example_inputs)
     before = Snapshot.of(example_inputs)
     try:
-        with step("canonicalize"):
-            program = canonicalize_dynamo(module, example_inputs)
-        inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
-        outcome = transform(
-            program,
-            chosen,
-            fixed_rows=False,
-            spelling=_spelling(chosen, mode),
-            offer=_offer(chosen),
-        )
+        outcome, inputs = _rewrite(module, example_inputs, chosen, mode)
         log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
@@ -91,6 +83,28 @@ def bda_backend(
             agree(dict.fromkeys(parameters, ()), parameters)
         warnings.warn(f"{error}. The original graph is compiled instead.", stacklevel=2)
         return inner(module, example_inputs)
+
+
+def _rewrite(
+    module: fx.GraphModule, example_inputs: list[Any], options: Options, mode: str | None
+) -> tuple[Outcome, list[str]]:
+    """The rewritten graph and the names of the original's inputs, from the cache if it is there."""
+    patches = _patches(options, mode) if options.inner == "inductor" else {}
+    cache = RewriteCache.of(module, example_inputs, options, patches)
+    known = None if cache is None else cache.restore()
+    if known is not None:
+        return known
+    with step("canonicalize"):
+        program = canonicalize_dynamo(module, example_inputs)
+    inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
+    outcome = transform(
+        program,
+        options,
+        fixed_rows=False,
+        spelling=_spelling(options, mode),
+        offer=_offer(options),
+    )
+    return outcome if cache is None else cache.store(outcome, inputs), inputs
 
 
 def uses_autocast(module: fx.GraphModule, example_inputs: list[Any]) -> bool:

@@ -14,14 +14,12 @@ import json
 import logging
 import math
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bda_fx.kernels.source_key import kernel_source_key
+from bda_fx.circumstances import circumstances
 
 log = logging.getLogger("bda_fx")
 FORMAT = 1
@@ -33,7 +31,7 @@ class TimingCache:
     def __init__(self, device: torch.device) -> None:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        key = hashlib.sha256(repr(_circumstances(device)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr((FORMAT, *circumstances(device))).encode()).hexdigest()[:32]
         self.path = Path(cache_dir()) / "bda_fx" / f"timings-{key}.json"
         self.known = self._read()
 
@@ -77,33 +75,3 @@ def _checked(times: Any) -> dict[str, float]:
     if not checked or not all(math.isfinite(t) and t > 0 for t in checked.values()):
         raise ValueError(f"no times: {times}")
     return checked
-
-
-def _circumstances(device: torch.device) -> tuple[object, ...]:
-    try:
-        own = version("bda-fx")
-    except PackageNotFoundError:
-        own = ""
-    if device.type == "cuda":
-        name: object = torch.cuda.get_device_properties(device)
-    else:
-        capabilities = sorted(torch.cpu.get_capabilities().items())
-        name = (platform.machine(), _processor(), repr(capabilities), os.cpu_count())
-    return (
-        FORMAT,
-        device.type,
-        str(name),
-        torch.get_num_threads(),
-        torch.backends.mkldnn.enabled if hasattr(torch.backends.mkldnn, "enabled") else None,
-        torch.__version__,
-        own,
-        kernel_source_key(),
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("model name")), platform.processor())

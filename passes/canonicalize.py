@@ -213,7 +213,7 @@ def canonicalize_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Pr
     written = {n.args[0] for n in traced.graph.nodes if n.target is torch.ops.aten.copy_.default}
     for node, original, value in zip(inputs, placeholders, example_inputs, strict=True):
         node.meta.setdefault("val", original.meta.get("example_value", value))
-        name = _name_of(original, value)
+        name = name_of(original, value)
         if name is not None and node not in written:
             names[node.name] = name
             tensors[node.name] = value
@@ -372,8 +372,8 @@ def _drop_grad_mode_calls(graph: fx.Graph) -> None:
 _ATTRIBUTE = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
-def _name_of(placeholder: fx.Node, value: Any) -> str | None:
-    """Fully qualified name of a parameter or buffer that Dynamo lifted to an input."""
+def name_of(placeholder: fx.Node, value: Any) -> str | None:
+    """Fully qualified name of a parameter or buffer that Dynamo lifted to an input, else None."""
     source = getattr(placeholder, "_dynamo_source", None)
     text = "" if source is None else source.name if isinstance(source.name, str) else source.name()
     if not isinstance(value, Tensor):

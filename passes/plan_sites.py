@@ -9,10 +9,9 @@ cannot be rewritten as asked becomes a skip with the reason.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from torch import Tensor
 from bda_fx.passes.observe_noise import Observed
 from bda_fx.passes.predict_noise import keeps_sums_wide
 from bda_fx.passes.read_weights import FactorKey, constants_of
+from bda_fx.passes.side_by_side import side_by_side
 from bda_fx.passes.site_choices import Choice, skips_of, steps_of, worthwhile
 from bda_fx.passes.sites import IN, OUT, Fold, Found, Plan, Reason, Site, SitePlan
 from bda_fx.passes.spend_budget import Weigh, all_alike, noisiest, spend_budget
@@ -135,13 +135,13 @@ def plan_sites(
             wanted.append((site, [planning.usual_share] if shares is None else shares[at]))
     allowance = planning.allowance([values[site.linear.weight].dtype for site, _ in wanted])
     spend = _Spending(planning, allowance * planning.headroom, shares is None)
-    with _one_thread() as workers:
+    with side_by_side() as pool:
         choices = _choices(wanted, values, planning, folds, shares is None, observed or {})
-        _decide(choices, spend, workers)
+        _decide(choices, spend, pool)
         again = [part for choice in choices for part in _second_try(choice, planning)]
         if again != choices:
             choices = again
-            _decide(choices, spend, workers)
+            _decide(choices, spend, pool)
         choices = _share_bases(choices, spend)
     planned = [plan for choice in choices for plan in choice.plans()]
     for choice in choices:
@@ -159,20 +159,6 @@ def plan_sites(
         spend.alike,
         found.places,
     )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[int]:
-    """The matrices of a search are too small for more: sites are searched side by side instead.
-
-    Yields how many may be.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _refusal(
@@ -280,7 +266,7 @@ def _second_try(choice: Choice, planning: Planning) -> list[Choice]:
     return [choice if len(every) == len(choice.steps) else replace(choice, steps=every, chosen=0)]
 
 
-def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
+def _decide(choices: list[Choice], spend: _Spending, pool: ThreadPoolExecutor) -> None:
     """Choose a step everywhere, first on estimates, then on what was found for the steps taken, and
     for those above them that may do although their estimates say no. The best plan on the way is
     taken whose noise is all known."""
@@ -290,21 +276,20 @@ def _decide(choices: list[Choice], spend: _Spending, workers: int) -> None:
     frugal = sum(choice.search_bytes for choice in choices) > KEPT_SEARCHES
     for choice in choices:
         choice.frugal = frugal
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(Choice.estimate, choices))
-        while ways:
-            spend.choose(choices, ways[0])
-            if not all(choice.settled for choice in choices):
-                list(pool.map(Choice.settle, choices))
-                continue
-            worth = sum(choice.step.worth for choice in choices if choice.step)
-            if worth > most:
-                best, most = [choice.chosen for choice in choices], worth
-            above = _steps_to_try(choices, spend)
-            tried = [(choice, step) for choice, step in above if step is not None]
-            if not tried:
-                ways = ways[1:]
-            list(pool.map(lambda pair: pair[0].find(pair[1]), tried))
+    list(pool.map(Choice.estimate, choices))
+    while ways:
+        spend.choose(choices, ways[0])
+        if not all(choice.settled for choice in choices):
+            list(pool.map(Choice.settle, choices))
+            continue
+        worth = sum(choice.step.worth for choice in choices if choice.step)
+        if worth > most:
+            best, most = [choice.chosen for choice in choices], worth
+        above = _steps_to_try(choices, spend)
+        tried = [(choice, step) for choice, step in above if step is not None]
+        if not tried:
+            ways = ways[1:]
+        list(pool.map(lambda pair: pair[0].find(pair[1]), tried))
     for choice, step in zip(choices, best, strict=True):
         choice.chosen = step
 

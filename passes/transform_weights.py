@@ -29,6 +29,7 @@ from bda_fx.passes.predict_noise import Moments, keeps_sums_wide, predict_noise
 from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, float64, moments_of, read_site, read_vectors
 from bda_fx.passes.round_weights import refit, round_with_feedback
+from bda_fx.passes.side_by_side import in_turn, side_by_side
 from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
 
 
@@ -175,25 +176,19 @@ def transform_weights(
             if item.basis == fold.basis:
                 orders[item.site.linear.weight] = _order(rows[fold.basis], fold.in_features)
     last = _last_uses(plan)
-    for at, item in enumerate(plan.sites):
-        for linear in item.site.linears:
-            turned.begin(linear.weight, values)
-        weights = read_site(item.site, values)
-        moments = moments_of(weights)
-        both = moments.balancing(item.balanced)
-        change = change_basis(weights.heads, rows[item.basis], weights.bias, both)
-        dtype = values[item.site.linear.weight].dtype
-        predicted = predict_noise(
-            moments, change.s, change.s_inv, item.size, dtype, item.optimize_for
-        )
-        noise.append(predicted.site * item.correction)
-        residual.append(change.residual)
-        in_range.append(keeps_range(weights, moments, change.s, change.s_inv, dtype))
-        _turn(item.site, _factors(weights, change, moments, dtype), values, turned)
-        for form in forms:
-            if last.get(form.linear.weight) == at:
-                _round(form, rows, orders, values, turned, tensors)
-                del turned.matrices[form.linear.weight]
+    with side_by_side() as pool:
+        changed = in_turn(pool, lambda item: _changed(item, rows[item.basis], values), plan.sites)
+        for at, (item, site) in enumerate(zip(plan.sites, changed, strict=True)):
+            noise.append(site.noise)
+            residual.append(site.residual)
+            in_range.append(site.in_range)
+            for linear in item.site.linears:
+                turned.begin(linear.weight, values)
+            _turn(item.site, site.factors, values, turned)
+            for form in forms:
+                if last.get(form.linear.weight) == at:
+                    _round(form, rows, orders, values, turned, tensors)
+                    del turned.matrices[form.linear.weight]
     for fold in plan.folds:
         for linear in (fold.producer, *fold.readers):
             turned.begin(linear.weight, values)
@@ -214,14 +209,13 @@ def _rows(plan: Plan, values: Mapping[str, Tensor], planned: bool) -> dict[str, 
     sharing: dict[str, list[SitePlan]] = {}
     for item in plan.sites:
         sharing.setdefault(item.basis, []).append(item)
-    return {
-        basis: choose_basis(
-            torch.cat([read_site(i.site, values).heads for i in items]),
-            items[0].size,
-            items[0].strategy,
-        )
-        for basis, items in sharing.items()
-    }
+
+    def chosen(items: list[SitePlan]) -> Tensor:
+        heads = torch.cat([read_site(item.site, values).heads for item in items])
+        return choose_basis(heads, items[0].size, items[0].strategy)
+
+    with side_by_side() as pool:
+        return dict(zip(sharing, pool.map(chosen, sharing.values()), strict=True))
 
 
 def _last_uses(plan: Plan) -> dict[str, int]:
@@ -278,6 +272,31 @@ class _Factors:
         if self.feedback is None:
             return moved
         return self.feedback.round(moved, groups, against=against)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """What a site comes to in its basis."""
+
+    factors: _Factors
+    noise: float
+    residual: float
+    in_range: bool
+
+
+def _changed(item: SitePlan, rows: Tensor, values: Mapping[str, Tensor]) -> _Changed:
+    weights = read_site(item.site, values)
+    moments = moments_of(weights)
+    both = moments.balancing(item.balanced)
+    change = change_basis(weights.heads, rows, weights.bias, both)
+    dtype = values[item.site.linear.weight].dtype
+    predicted = predict_noise(moments, change.s, change.s_inv, item.size, dtype, item.optimize_for)
+    return _Changed(
+        _factors(weights, change, moments, dtype),
+        predicted.site * item.correction,
+        change.residual,
+        keeps_range(weights, moments, change.s, change.s_inv, dtype),
+    )
 
 
 def _factors(

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 import bda_fx
 from bda_fx.options import Options
+from bda_fx.tensor_bytes import tensor_bytes
 
 
 def hash_weights(program: ExportedProgram) -> str:
@@ -29,8 +30,7 @@ def hash_weights(program: ExportedProgram) -> str:
             continue
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         if value.device.type != "meta":
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

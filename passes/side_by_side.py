@@ -1,0 +1,39 @@
+"""Do work on many small matrices side by side: they are too small for several threads each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """Workers as many as PyTorch has threads, each with one thread for its own operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_turn(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """Results of ``work`` in the order of ``items``, with few of them in memory at a time."""
+    ahead: deque[Future[Result]] = deque()
+    for item in items:
+        ahead.append(pool.submit(work, item))
+        if len(ahead) > pool._max_workers:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
