@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights, Snapshot
+from bda_fx.freed_memory import return_free_memory_now
 from bda_fx.kernels import basis_projection_cuda
 from bda_fx.kernels.packed_projection import serves
 from bda_fx.kernels.source_key import kernel_source_key
@@ -104,6 +105,7 @@ def _rewrite(
         spelling=_spelling(options, mode),
         offer=_offer(options),
     )
+    return_free_memory_now()
     return outcome if cache is None else cache.store(outcome, inputs), inputs
 
 

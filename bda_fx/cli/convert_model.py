@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 import bda_fx
 from bda_fx.api import Calibration
 from bda_fx.cli.errors import CliError, ExitCode, first_line
-from bda_fx.cli.foresee_memory import return_freed_memory
 from bda_fx.cli.open_model import Opened, Settings, kind_of, open_model
 from bda_fx.cli.progress import Stages
 from bda_fx.cli.run_command import Result
@@ -28,6 +27,7 @@ from bda_fx.exporters.exported import Exported
 from bda_fx.exporters.identify_model import identify_model
 from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.write_evidence import write_evidence
+from bda_fx.freed_memory import return_freed_memory
 from bda_fx.options import Options
 from bda_fx.pipeline import on_step
 

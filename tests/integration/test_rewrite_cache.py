@@ -42,6 +42,11 @@ class Block(nn.Module):
         return self.other(self.attention(x)) * self.scale + self.shift
 
 
+@pytest.fixture(autouse=True)
+def no_kept_rewrites() -> None:
+    """Here they are kept."""
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of the files; Inductor's place is taken by eager execution, which compiles
