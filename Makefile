@@ -16,8 +16,8 @@ ZOO := timm==1.0.31 diffusers==0.42.1
 FIDELITY := promise perplexity reconstruction agreement low_rank prepare quantised
 
 # Benchmarks that CI runs on small sizes, the longest first.
-QUICK := deployment $(FIDELITY) coverage noise projection never_slower analyze overhead whole_models \
-         compile_time
+QUICK := deployment $(FIDELITY) coverage noise projection growth never_slower analyze overhead \
+         whole_models compile_time
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -66,6 +66,7 @@ bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/projection.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/never_slower.py
 	$(BIN)/python benchmarks/whole_models.py
 	$(BIN)/python benchmarks/compile_time.py

@@ -140,7 +140,7 @@ def medians(ways: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, 
         repeats[name] = max(1, min(100, int(1e-4 / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["eager"]) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, way in ways.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
