@@ -166,14 +166,16 @@ class Backward(Wide):
             seen, errors = value.detach(), self.errors(n, value.detach()) if rate else None
 
             def collect(gradient: Tensor) -> None:
+                if errors is not None and not watched:  # most nodes of a float32 program
+                    noise = torch.linalg.vector_norm(errors * gradient, dtype=torch.float64)
+                    self.total += float(noise) ** 2
+                    return
                 energy = (seen * gradient).double().square()
                 energy.masked_fill_(seen.isinf(), 0.0)  # as in masks: no rounding changes them
-                noise = rate * energy
-                if errors is not None:
-                    noise = (errors * gradient).double().square()
-                self.total += float(noise.sum())
+                felt = rate * energy if errors is None else (errors * gradient).double().square()
+                self.total += float(felt.sum())
                 if watched:
-                    self.energies[n.name] = _by_feature(energy), _by_feature(noise)
+                    self.energies[n.name] = _by_feature(energy), _by_feature(felt)
 
             self.hooks.append(value.register_hook(collect))
         if n.name in self.linears:
