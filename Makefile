@@ -72,6 +72,7 @@ bench: setup  ## the main comparison
 	$(BIN)/python benchmarks/compile_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/analyze.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deployment.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/packages.py
 
 bench-quick: setup .venv/.quant  ## the same on small sizes: shows that it runs, measures nothing
 	$(BIN)/python benchmarks/gpu.py --model --quick

@@ -80,11 +80,16 @@ def _outputs(graph: fx.Graph, signature: ExportGraphSignature) -> list[OutputSpe
 
 
 def constant_bytes(program: ExportedProgram | None) -> int:
-    """Bytes of all parameters, buffers and constants of a program, shared storage counted once."""
+    """Bytes of the parameters, buffers and constants that a program reads, shared storage counted
+    once. What no node reads is in no artefact either, nor in a rewritten program."""
     if program is None:
         return 0
+    read = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
     seen: dict[Any, int] = {}
-    for value in (*program.state_dict.values(), *program.constants.values()):
+    for spec in program.graph_signature.input_specs:
+        if spec.target is None or spec.arg.name not in read:
+            continue
+        value = program.state_dict.get(spec.target, program.constants.get(spec.target))
         if isinstance(value, Tensor):
             key = id(value) if value.device.type == "meta" else (value.data_ptr(), value.numel())
             seen[key] = value.numel() * value.element_size()

@@ -1,6 +1,6 @@
 """What is left of the saving in deployed artefacts, how noisy they are, and how fast.
 
-    python benchmarks/deployment.py [--quick] [--aoti] [--only NAME …] [--dtypes NAME …]
+    python benchmarks/deployment.py [--quick] [--only NAME …] [--dtypes NAME …]
 
 Two models with trained weights, and four of true dimensions with random weights and few layers, in
 float32 and float16, with open batch and length:
@@ -13,8 +13,6 @@ float32 and float16, with open batch and length:
   alone keep their original form.
 - TensorRT-RTX: the engine's own weight memory, as its builder states it, against the report's, and
   the layers that add basis features. Nothing is proved: engines run on GPUs.
-- AOTInductor (``--aoti``, a minute for each, in float32): noise ratio of the compiled package, and
-  whether the C++ program of ``examples/run_in_cpp`` gives the same bits as Python.
 
 With ``--only`` or ``--dtypes`` these cells are measured again, and the others stay as they were in
 the results. Ends with exit code 1 if a figure misses its goal (``misses``).
@@ -25,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -41,21 +38,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bda_fx
-from bda_fx.exporters.export_aoti import package_runner
-from bda_fx.exporters.rewrite_pair import Pair, rewrite_pair
+from bda_fx.exporters.rewrite_pair import rewrite_pair
 from bda_fx.exporters.time_sites import leading_sizes, slower, time_sites
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tensorrt-rtx-cu12-bindings", "transformers")
 
 
-def measure(
-    case: Case, directory: Path, dtype: torch.dtype, *, cpp: Path | None, quick: bool
-) -> dict[str, Any]:
-    """Figures of one model in one dtype. A quick run plans nothing and times nothing.
-
-    ``cpp`` is the program that runs AOTInductor packages; None for none.
-    """
+def measure(case: Case, directory: Path, dtype: torch.dtype, *, quick: bool) -> dict[str, Any]:
+    """Figures of one model in one dtype. A quick run plans nothing and times nothing."""
     model = case.model.to(dtype)
     kwargs = {
         key: value.to(dtype) if value.is_floating_point() else value
@@ -76,7 +67,6 @@ def measure(
         "first_plan_saves": promised(pair.report),
         "report_saves": promised(onnx.report),
         "onnx_saves": onnx.bytes_saved,
-        "unread_bytes": unread_bytes(pair.original),
         "onnx_bytes": [onnx.bytes_before, onnx.bytes_after],
         "file_bytes": onnx.file_bytes,
         "optimized_weight_bytes": onnx.details["optimized_weight_bytes"],
@@ -107,8 +97,6 @@ def measure(
         record["engine_saves"] = engine.bytes_saved
         record["engine_report_saves"] = promised(engine.report)
         record["engine"] = dict(engine.details)
-    if cpp is not None:
-        record["aoti"] = compiled(pair, directory, cpp, common)
     return record
 
 
@@ -116,18 +104,6 @@ def promised(report: bda_fx.Report) -> int:
     assert report.bytes_before is not None
     assert report.bytes_after is not None
     return report.bytes_before - report.bytes_after
-
-
-def unread_bytes(program: ExportedProgram) -> int:
-    """Bytes of buffers that no op reads: the rewrite drops them, and the translator anyway."""
-    buffers = program.graph_signature.inputs_to_buffers
-    names = [
-        buffers[node.name]
-        for node in program.graph.find_nodes(op="placeholder")
-        if node.name in buffers and not node.users
-    ]
-    state = {**program.state_dict, **program.constants}
-    return sum(state[name].nbytes for name in names)
 
 
 def speeds(program: ExportedProgram, report: bda_fx.Report, threads: int) -> dict[str, Any]:
@@ -167,49 +143,12 @@ def multiplications(program: ExportedProgram) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def build_cpp(directory: Path) -> Path:
-    """Build ``examples/run_in_cpp``; the program."""
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    source = str(Path(__file__).resolve().parents[1] / "examples" / "run_in_cpp")
-    for command in (
-        ["cmake", "-S", source, "-B", str(directory), prefix],
-        ["cmake", "--build", str(directory)],
-    ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return directory / "run_package"
-
-
-def compiled(pair: Pair, directory: Path, cpp: Path, common: dict[str, Any]) -> dict[str, Any]:
-    """An AOTInductor package of the pair, run by Python and by C++."""
-    package = bda_fx.export_aoti(pair, directory / "model.pt2", measure=False, **common)
-    assert package.fidelity is not None
-    (args, kwargs), *_ = pair.inputs(None)[0]
-    names = pair.original.graph_signature.user_inputs
-    tensors = [*args, *(kwargs[name] for name in names if name in kwargs)]
-    torch.save(tensors, directory / "inputs.pt")
-    outputs = directory / "outputs.pt"
-    command = [str(cpp), str(package.path), str(directory / "inputs.pt"), str(outputs)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    expected = package_runner(package.path, pair.original)((args, kwargs))
-    found = list(torch.load(outputs))
-    return {
-        "noise_ratio": package.fidelity.noise_ratio,
-        "limit": package.fidelity.budget,
-        "proof": package.details["proof"],
-        "saves": package.bytes_saved,
-        "package_bytes": package.file_bytes,
-        "outputs": len(expected),
-        "cpp_equals_python": len(found) == len(expected)
-        and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)),
-    }
-
-
 def misses(name: str, record: dict[str, Any]) -> list[str]:
     """Which goals the figures of a cell miss."""
     found = []
     if record["noise_ratio"] > record["proof"]["limit"]:
         found.append(f"noise {record['noise_ratio']:.3f} over {record['proof']['limit']:g}")
-    if record["onnx_saves"] != record["report_saves"] - record["unread_bytes"]:
+    if record["onnx_saves"] != record["report_saves"]:
         found.append(f"ONNX saves {record['onnx_saves']:,} of {record['report_saves']:,} bytes")
     if record.get("engine_saves", 0) < 0.95 * record.get("engine_report_saves", 0):
         found.append(f"the engine saves {record['engine_saves']:,}")
@@ -219,8 +158,6 @@ def misses(name: str, record: dict[str, Any]) -> list[str]:
         for t in chosen
         if t["interval"][1] < 1 and record["chosen"]["sites"]
     ]
-    if not record.get("aoti", {}).get("cpp_equals_python", True):
-        found.append("C++ gives other outputs than Python")
     return [f"{name}: {text}" for text in found]
 
 
@@ -236,15 +173,13 @@ def row(name: str, dtype: str, record: dict[str, Any]) -> list[str]:
         whole = record["engine_report_saves"]  # of the first plan, which may save more
         part = record["engine_saves"] / whole if whole else 1.0
         engine = f"{record['engine_saves']:,} of {whole:,} ({100 * part:.1f} %)"
-    predicted, aoti = record["predicted_noise"], record.get("aoti")
-    noise = "" if aoti is None else f"{aoti['noise_ratio']:.2f} of {aoti['limit']:g}"
-    equal = "" if aoti is None else "equal" if aoti["cpp_equals_python"] else "DIFFERENT"
+    predicted = record["predicted_noise"]
     return [
         name, dtype, f"{record['sites']} of {record['of_sites']}",
         f"{record['report_saves']:,}", f"{record['onnx_saves']:,}", engine,
         f"{predicted:.2f}" if predicted else "",
         f"{record['noise_ratio']:.2f} of {record['proof']['limit']:g}",
-        str(len(record["proof"]["planned_for"])), noise, equal,
+        str(len(record["proof"]["planned_for"])),
     ]  # fmt: skip
 
 
@@ -268,7 +203,7 @@ def speed_rows(name: str, dtype: str, record: dict[str, Any]) -> list[list[str]]
 
 COLUMNS = ["model", "dtype", "products rewritten", "report saves", "ONNX saves",
            "engine weights save, of its report", "predicted noise", "noise in ONNX Runtime",
-           "plans", "noise of AOTInductor", "C++ and Python"]  # fmt: skip
+           "plans"]  # fmt: skip
 SPEED = ["model", "dtype", "rewritten, all sites", "limit", "kinds of site, of their limits",
          "sites slower alone", "as exported by default"]  # fmt: skip
 
@@ -282,7 +217,6 @@ def earlier() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small case, nothing timed")
-    parser.add_argument("--aoti", action="store_true", help="AOTInductor packages too")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     given = parser.parse_args()
@@ -290,17 +224,14 @@ def main() -> None:
     dtypes = ["float32"] if given.quick else given.dtypes
     again = not given.quick and (len(names), len(dtypes)) != (len(CASES), len(DTYPES))
     records: dict[str, Any] = earlier() if again else {}
-    with tempfile.TemporaryDirectory() as build:
-        cpp = build_cpp(Path(build)) if given.aoti else None
-        for name, dtype in product(names, dtypes):
-            torch.manual_seed(0)
-            with tempfile.TemporaryDirectory() as place:
-                records[f"{name}, {dtype}"] = measure(
-                    CASES[name](), Path(place), DTYPES[dtype],
-                    cpp=cpp if dtype == "float32" else None, quick=given.quick,
-                )  # fmt: skip
-            shown = row(name, dtype, records[f"{name}, {dtype}"])
-            print(" | ".join(shown), flush=True)
+    for name, dtype in product(names, dtypes):
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as place:
+            records[f"{name}, {dtype}"] = measure(
+                CASES[name](), Path(place), DTYPES[dtype], quick=given.quick
+            )
+        shown = row(name, dtype, records[f"{name}, {dtype}"])
+        print(" | ".join(shown), flush=True)
     cells = [
         (name, dtype, records[f"{name}, {dtype}"])
         for name, dtype in product(CASES, DTYPES)
@@ -313,9 +244,8 @@ def main() -> None:
     text = "\n".join([
         "# Deployed artefacts", "", heading("deployment.py", origin), "",
         "Bytes of weights. Noise: error of the rewritten model over the original's, both in the",
-        "runtime (for AOTInductor over the eager original's), against float64; \"plans\" is how",
-        "many it took until the proof held. The engine is of the first plan: its ONNX model is not",
-        "run here.", "",
+        "runtime, against float64; \"plans\" is how many it took until the proof held. The engine",
+        "is of the first plan: its ONNX model is not run here.", "",
         markdown_table(COLUMNS, rows), "",
         "Speed in ONNX Runtime: median of the ratio of pairs, original over rewritten, with its",
         "95 % interval, at the example's size and at one drawn from the open axes; the limit is",
