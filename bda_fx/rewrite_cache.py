@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode, tracing
 
 from bda_fx.hash_graph import guards_of, hash_graph, values_of
@@ -59,6 +59,11 @@ class RewriteCache:
         is something in it that cannot be recognised in another process. ``patches`` of Inductor."""
         if options.inner != "inductor" or not _switched_on(patches):
             return None
+        if (
+            sum(_nbytes(x) for x in example_inputs if isinstance(x, nn.Parameter))
+            > 1.5 * MOST_BYTES
+        ):
+            return None  # usually a third of the weights is derived anew: too much to be kept
         key = hash_graph(module, example_inputs, (options, sorted(map(str, patches.items()))))
         return None if key is None else cls(module, example_inputs, key)
 
@@ -131,11 +136,10 @@ class RewriteCache:
             placeholders = graph.find_nodes(op="placeholder")
             for node, value in zip(placeholders, [*derived, *values], strict=True):
                 node.meta["val"] = value
-        return Program(fx.GraphModule(torch.nn.Module(), graph), {})
+        return Program(fx.GraphModule(nn.Module(), graph), {})
 
     def _write(self, held: Mapping[str, Any]) -> None:
-        tensors = held["tensors"].values()
-        needed = sum(t.numel() * t.element_size() for t in tensors)
+        needed = sum(map(_nbytes, held["tensors"].values()))
         if needed > MOST_BYTES // 2:
             raise ValueError(f"{needed} bytes are too many")
         beside = self.path.with_suffix(f".{os.getpid()}.tmp")
@@ -150,9 +154,12 @@ class RewriteCache:
 
 def _compact(tensor: Tensor) -> Tensor:
     """The tensor with no more memory behind it than it needs, as all of that would be written."""
-    held = tensor.untyped_storage().nbytes()
     tensor = tensor.detach()
-    return tensor.clone() if held > tensor.numel() * tensor.element_size() else tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() > _nbytes(tensor) else tensor
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def make_room(directory: Path, needed: int) -> None:

@@ -314,9 +314,12 @@ def test_the_least_used_files_make_room(tmp_path: Path, monkeypatch: pytest.Monk
     assert [file.stem for file in tmp_path.glob("*.pt")] == ["new"]
 
 
-def test_one_that_is_too_large_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite_cache, "MOST_BYTES", 1000)
-    run(Block(), x())
+@pytest.mark.parametrize("part", [0.5, 1.0], ids=["is not hashed", "is not kept"])
+def test_one_that_is_too_large(cache: Path, monkeypatch: pytest.MonkeyPatch, part: float) -> None:
+    model = Block()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(rewrite_cache, "MOST_BYTES", part * weights)
+    run(model, x())
     assert not list(cache.glob("*"))
 
 
