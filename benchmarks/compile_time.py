@@ -98,8 +98,9 @@ def measure(name: str, rounds: int, inner: str) -> dict[str, Any]:
     for _ in range(rounds):
         for backend in BACKENDS:
             with tempfile.TemporaryDirectory() as cache:
-                if kernels.is_dir():  # built once a machine, whatever is compiled
-                    shutil.copytree(kernels, Path(cache) / kernels.name)
+                (Path(cache) / kernels.name).mkdir()
+                for kernel in kernels.glob("*.so"):  # built once a machine, whatever is compiled
+                    shutil.copy(kernel, Path(cache) / kernels.name)
                 for state in ("cold", "warm"):
                     run = in_a_process_of_its_own(name, backend, inner, Path(cache))
                     found[backend][state].append(run)

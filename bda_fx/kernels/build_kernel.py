@@ -73,6 +73,7 @@ def build_kernel(flags: Sequence[str] = ()) -> Path:
     )
     directory = Path(cache_dir()) / "bda_fx"
     command = CppBuilder("kernel", str(SOURCE), options, str(directory)).get_command_line()
+    command = command.replace(str(directory), "")  # the same kernel, wherever it is kept
     parts = (
         SOURCE.read_text(),
         command,
