@@ -49,7 +49,7 @@ def hash_graph(
     weights: list[Tensor] = []
     try:
         for part in _parts(module, example_inputs, settings, weights):
-            digest.update(repr(part).encode())
+            digest.update(repr(part).encode() + b"\0")
         for content in _contents(weights):
             digest.update(content)
     except NoHash:

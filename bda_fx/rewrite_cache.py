@@ -19,6 +19,7 @@ import io
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ class RewriteCache:
         is something in it that cannot be recognised in another process. ``patches`` of Inductor."""
         if options.inner != "inductor" or not _switched_on(patches):
             return None
-        if (
-            sum(_nbytes(x) for x in example_inputs if isinstance(x, nn.Parameter))
-            > 1.5 * MOST_BYTES
-        ):
+        weights = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+        if sum(map(_nbytes, weights)) > 1.5 * MOST_BYTES:
             return None  # usually a third of the weights is derived anew: too much to be kept
         key = hash_graph(module, example_inputs, (options, sorted(map(str, patches.items()))))
         return None if key is None else cls(module, example_inputs, key)
@@ -80,10 +79,11 @@ class RewriteCache:
                 outcome = Outcome(program, tensors=held["tensors"], **kept["outcome"])
             if len(kept["names"]) != len(self.example_inputs):
                 raise ValueError(f"{len(kept['names'])} inputs")
-            os.utime(self.path)
         except Exception as error:  # whatever reading a damaged file raises
             log.debug("bda_fx: %s is ignored: %r", self.path, error)
             return None
+        with contextlib.suppress(OSError):  # a directory of others may be read only
+            os.utime(self.path)
         if any(node.target in _PACKED for node in outcome.program.graph.nodes):
             tensors = outcome.tensors.values()
             if not all(serves(t.device, t.dtype) for t in tensors if t.is_floating_point()):
@@ -142,7 +142,7 @@ class RewriteCache:
         needed = sum(map(_nbytes, held["tensors"].values()))
         if needed > MOST_BYTES // 2:
             raise ValueError(f"{needed} bytes are too many")
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        beside = self.path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         make_room(self.path.parent, needed)
         try:
@@ -165,7 +165,7 @@ def _nbytes(tensor: Tensor) -> int:
 def make_room(directory: Path, needed: int) -> None:
     """Remove the files not used for longest until ``needed`` bytes more are within the limit."""
     files = []
-    for path in directory.glob("*.pt"):
+    for path in directory.iterdir():  # what a process left that died while it wrote, too
         with contextlib.suppress(OSError):  # another process may have removed it
             known = path.stat()
             files.append((known.st_mtime, known.st_size, path))
