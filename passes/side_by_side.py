@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,14 +28,20 @@ def side_by_side() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def in_turn(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """Results of ``work`` in the order of ``items``, with few of them in memory at a time."""
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results of ``work`` in the order of ``items``, with few of them in memory at a time.
+
+    One by one where the caller's thread has modes (those that compute symbols instead of numbers,
+    say), as other threads would not have them.
+    """
+    if torch.get_num_threads() == 1 or function_modes() or dispatch_modes():
+        yield from map(work, items)
+        return
     ahead: deque[Future[Result]] = deque()
-    for item in items:
-        ahead.append(pool.submit(work, item))
-        if len(ahead) > pool._max_workers:
+    with side_by_side() as pool:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > pool._max_workers:
+                yield ahead.popleft().result()
+        while ahead:
             yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()

@@ -29,7 +29,7 @@ from bda_fx.passes.predict_noise import Moments, keeps_sums_wide, predict_noise
 from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, float64, moments_of, read_site, read_vectors
 from bda_fx.passes.round_weights import refit, round_with_feedback
-from bda_fx.passes.side_by_side import in_turn, side_by_side
+from bda_fx.passes.side_by_side import in_turn
 from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
 
 
@@ -176,19 +176,18 @@ def transform_weights(
             if item.basis == fold.basis:
                 orders[item.site.linear.weight] = _order(rows[fold.basis], fold.in_features)
     last = _last_uses(plan)
-    with side_by_side() as pool:
-        changed = in_turn(pool, lambda item: _changed(item, rows[item.basis], values), plan.sites)
-        for at, (item, site) in enumerate(zip(plan.sites, changed, strict=True)):
-            noise.append(site.noise)
-            residual.append(site.residual)
-            in_range.append(site.in_range)
-            for linear in item.site.linears:
-                turned.begin(linear.weight, values)
-            _turn(item.site, site.factors, values, turned)
-            for form in forms:
-                if last.get(form.linear.weight) == at:
-                    _round(form, rows, orders, values, turned, tensors)
-                    del turned.matrices[form.linear.weight]
+    changed = in_turn(lambda item: _changed(item, rows[item.basis], values), plan.sites)
+    for at, (item, site) in enumerate(zip(plan.sites, changed, strict=True)):
+        noise.append(site.noise)
+        residual.append(site.residual)
+        in_range.append(site.in_range)
+        for linear in item.site.linears:
+            turned.begin(linear.weight, values)
+        _turn(item.site, site.factors, values, turned)
+        for form in forms:
+            if last.get(form.linear.weight) == at:
+                _round(form, rows, orders, values, turned, tensors)
+                del turned.matrices[form.linear.weight]
     for fold in plan.folds:
         for linear in (fold.producer, *fold.readers):
             turned.begin(linear.weight, values)
@@ -214,8 +213,7 @@ def _rows(plan: Plan, values: Mapping[str, Tensor], planned: bool) -> dict[str, 
         heads = torch.cat([read_site(item.site, values).heads for item in items])
         return choose_basis(heads, items[0].size, items[0].strategy)
 
-    with side_by_side() as pool:
-        return dict(zip(sharing, pool.map(chosen, sharing.values()), strict=True))
+    return dict(zip(sharing, in_turn(chosen, sharing.values()), strict=True))
 
 
 def _last_uses(plan: Plan) -> dict[str, int]:
