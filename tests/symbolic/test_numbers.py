@@ -7,6 +7,7 @@ was computed from, with the null-space directions that ``change_basis`` found in
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -18,6 +19,15 @@ from bda_fx.passes.change_basis import ChangeOfBasis, change_basis
 from tests import tolerances
 from tests.symbolic.cases import CASES, Case, named
 from tests.symbolic.prove import Prover
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sites are changed in the order of the plan, as what is recorded on the way relies on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def computed(proving: Prover) -> tuple[dict[str, Tensor], list[ChangeOfBasis]]:

@@ -278,7 +278,8 @@ def test_many_tokens_are_not_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = FakeTimer()
     measured(Attention(), timer, example()[:1].expand(600, -1, -1))
     ((shape,),) = timer.shapes
-    assert 192 <= shape[0] <= 1e5 / (shape[1] * example().shape[-1])
+    most = 1e5 * torch.get_num_threads() / (shape[1] * example().shape[-1])
+    assert 192 <= shape[0] <= most
 
 
 def test_a_slow_call_is_timed_a_few_times_only() -> None:
