@@ -90,8 +90,9 @@ def _rewrite(
     module: fx.GraphModule, example_inputs: list[Any], options: Options, mode: str | None
 ) -> tuple[Outcome, list[str]]:
     """The rewritten graph and the names of the original's inputs, from the cache if it is there."""
-    patches = _patches(options, mode) if options.inner == "inductor" else {}
-    cache = RewriteCache.of(module, example_inputs, options, patches)
+    cache = None
+    if options.inner == "inductor":  # others keep nothing either
+        cache = RewriteCache.of(module, example_inputs, options, _patches(options, mode))
     known = None if cache is None else cache.restore()
     if known is not None:
         return known

@@ -6,10 +6,9 @@ KEY is that of ``hash_graph``, which covers every element of the weights: a file
 It holds the rewritten graph, its derived weights and how to compute them of other weights, so that
 a second process neither plans nor transforms anything. Inductor's own caches hold what it compiled.
 
-As these, files are read by whoever owns the cache directory. They are written beside their final
-name and moved there in one step; one that cannot be read or written is as none. All of them
-together take at most ``MOST_BYTES``: the ones not used for longest go first. Inductor's switches
-``fx_graph_cache`` and ``force_disable_caches`` hold for them, too.
+As these, files are read by whoever owns the cache directory. One that cannot be read or written is
+as none. All of them together take at most ``MOST_BYTES``: the ones not used for longest go first.
+Inductor's switches ``fx_graph_cache`` and ``force_disable_caches`` hold for them, too.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ import io
 import logging
 import os
 import pickle
-import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode, tracing
+from torch.fx.node import map_aggregate
 
 from bda_fx.hash_graph import guards_of, hash_graph, values_of
+from bda_fx.kept_files import kept_files, replacing
 from bda_fx.kernels.packed_projection import packed_projection, packed_projection_by_tokens, serves
 from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
@@ -38,15 +39,16 @@ log = logging.getLogger("bda_fx")
 MOST_BYTES = 4 << 30
 """Of all files. One of more than half of it is not written."""
 _PACKED = (packed_projection.default, packed_projection_by_tokens.default)
+_PLAIN = [field.name for field in fields(Outcome) if field.name not in ("program", "tensors")]
 
 
 class RewriteCache:
     """The file of one Dynamo graph. ``restore`` what it holds, or ``store`` what was made."""
 
     def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any], key: str) -> None:
-        self.module, self.example_inputs = module, example_inputs
-        self.guards = guards_of(values_of(module, example_inputs))
-        self.path = _directory() / f"{key}.pt"
+        self.values = values_of(module, example_inputs)
+        self.guards = guards_of(self.values)
+        self.path = kept_files() / "rewrites" / f"{key}.pt"
 
     @classmethod
     def of(
@@ -56,9 +58,9 @@ class RewriteCache:
         options: Options,
         patches: Mapping[str, Any],
     ) -> RewriteCache | None:
-        """None where nothing may be kept of this graph: its inner compiler keeps nothing, or there
-        is something in it that cannot be recognised in another process. ``patches`` of Inductor."""
-        if options.inner != "inductor" or not _switched_on(patches):
+        """The file for this graph under Inductor with ``patches``; None where nothing is kept: that
+        is switched off, or something in the graph cannot be recognised in another process."""
+        if not _switched_on(patches):
             return None
         weights = [x for x in example_inputs if isinstance(x, nn.Parameter)]
         if sum(map(_nbytes, weights)) > 1.5 * MOST_BYTES:
@@ -77,7 +79,7 @@ class RewriteCache:
                 kept = pickle.loads(held["outcome"])
                 program = self._program(kept, held["tensors"])
                 outcome = Outcome(program, tensors=held["tensors"], **kept["outcome"])
-            if len(kept["names"]) != len(self.example_inputs):
+            if len(kept["names"]) != len(self.values):
                 raise ValueError(f"{len(kept['names'])} inputs")
         except Exception as error:  # whatever reading a damaged file raises
             log.debug("bda_fx: %s is ignored: %r", self.path, error)
@@ -93,19 +95,11 @@ class RewriteCache:
     def store(self, outcome: Outcome, names: Sequence[str]) -> Outcome:
         """Keep ``outcome``; returns it as another process will find it, which is what to compile:
         then both come to the same entries of Inductor's caches."""
-        if guards_of(values_of(self.module, self.example_inputs)) != self.guards:
+        if guards_of(self.values) != self.guards:
             return outcome  # it holds for some sizes only, and nobody would check these
         try:
             kept = {
-                "outcome": {
-                    "plan": outcome.plan,
-                    "inputs": outcome.inputs,
-                    "fixed": outcome.fixed,
-                    "constants": outcome.constants,
-                    "computed": outcome.computed,
-                    "roots": outcome.roots,
-                    "fit": outcome.fit,
-                },
+                "outcome": {name: getattr(outcome, name) for name in _PLAIN},
                 "nodes": _nodes(outcome.program.graph) if outcome.plan.sites else [],
                 "names": list(names),
             }
@@ -123,8 +117,7 @@ class RewriteCache:
     def _program(self, kept: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
         """The graph; its placeholders stand for what those of Dynamo's graph do, fake as these."""
         graph = _graph(kept["nodes"])
-        values = values_of(self.module, self.example_inputs)
-        mode = detect_fake_mode(values)
+        mode = detect_fake_mode(self.values)
         derived = [tensors[key] for key in kept["outcome"]["inputs"]]
         if mode is not None:
             with mode:
@@ -134,7 +127,7 @@ class RewriteCache:
                 ]
         if kept["nodes"]:
             placeholders = graph.find_nodes(op="placeholder")
-            for node, value in zip(placeholders, [*derived, *values], strict=True):
+            for node, value in zip(placeholders, [*derived, *self.values], strict=True):
                 node.meta["val"] = value
         return Program(fx.GraphModule(nn.Module(), graph), {})
 
@@ -142,14 +135,10 @@ class RewriteCache:
         needed = sum(map(_nbytes, held["tensors"].values()))
         if needed > MOST_BYTES // 2:
             raise ValueError(f"{needed} bytes are too many")
-        beside = self.path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         make_room(self.path.parent, needed)
-        try:
+        with replacing(self.path) as beside:
             torch.save(held, beside)
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -178,12 +167,6 @@ def make_room(directory: Path, needed: int) -> None:
         held -= size
 
 
-def _directory() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "bda_fx" / "rewrites"
-
-
 def _switched_on(patches: Mapping[str, Any]) -> bool:
     from torch._inductor import config
 
@@ -206,23 +189,10 @@ def _nodes(graph: fx.Graph) -> list[tuple[Any, ...]]:
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             raise TypeError(f"{node.op} of {node.target}")
-        arguments = fx.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)
+        arguments = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
         trace = node.meta.get("stack_trace")
-        nodes.append((node.op, node.name, node.target, *_plain(arguments), trace))
+        nodes.append((node.op, node.name, node.target, *arguments, trace))
     return nodes
-
-
-def _plain(value: Any) -> Any:
-    """FX's immutable lists and dicts as plain ones; nodes were replaced before."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, list):
-        return list(map(_plain, value))
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*map(_plain, (value.start, value.stop, value.step)))
-    return value
 
 
 def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
@@ -230,20 +200,12 @@ def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
     made: list[fx.Node] = []
 
     def argument(value: Any) -> Any:
-        if isinstance(value, _Ref):
-            return made[value]
-        if isinstance(value, tuple):
-            return tuple(map(argument, value))
-        if isinstance(value, list):
-            return list(map(argument, value))
-        if isinstance(value, dict):
-            return {key: argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*map(argument, (value.start, value.stop, value.step)))
-        return value
+        return made[value] if isinstance(value, _Ref) else value
 
     for op, name, target, args, kwargs, trace in nodes:
-        node = graph.create_node(op, target, argument(args), argument(kwargs), name)
+        node = graph.create_node(
+            op, target, map_aggregate(args, argument), map_aggregate(kwargs, argument), name
+        )
         node.name = name  # a graph renames what shadows a builtin, "input" for one
         if trace is not None:
             node.meta["stack_trace"] = trace

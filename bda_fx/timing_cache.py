@@ -13,13 +13,12 @@ import hashlib
 import json
 import logging
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bda_fx.circumstances import circumstances
+from bda_fx.kept_files import kept_files, replacing
 
 log = logging.getLogger("bda_fx")
 FORMAT = 1
@@ -29,10 +28,8 @@ class TimingCache:
     """Seconds by name, under keys that describe a shape."""
 
     def __init__(self, device: torch.device) -> None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
         key = hashlib.sha256(repr((FORMAT, *circumstances(device))).encode()).hexdigest()[:32]
-        self.path = Path(cache_dir()) / "bda_fx" / f"timings-{key}.json"
+        self.path = kept_files() / f"timings-{key}.json"
         self.known = self._read()
 
     def get(self, key: str) -> dict[str, float] | None:
@@ -44,7 +41,6 @@ class TimingCache:
 
         self.known[key] = seconds
         names = set(seconds)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(self.path.with_suffix(".lock"))):
@@ -52,8 +48,9 @@ class TimingCache:
                 if set(held.get(key, ())) != names:
                     held[key] = seconds
                 self.known = {**self.known, **held}
-                beside.write_text(json.dumps({"format": FORMAT, "seconds": self.known}, indent=1))
-                os.replace(beside, self.path)
+                text = json.dumps({"format": FORMAT, "seconds": self.known}, indent=1)
+                with replacing(self.path) as beside:
+                    beside.write_text(text)
         except OSError as error:
             log.debug("bda_fx: timings are not kept: %s", error)
 

@@ -89,9 +89,9 @@ def in_a_process_of_its_own(name: str, backend: str, inner: str, cache: Path) ->
 
 def measure(name: str, rounds: int, inner: str) -> dict[str, Any]:
     """Rounds in which each backend compiles cold, then warm."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from bda_fx.kept_files import kept_files
 
-    kernels = Path(cache_dir()) / "bda_fx"
+    kernels = kept_files()
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         backend: {"cold": [], "warm": []} for backend in BACKENDS
     }

@@ -22,12 +22,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from projection import Shape, medians
-from record import heading, markdown_table, provenance, write
+from projection import Shape, basis_first, kernel, medians, operands
+from record import heading, label_loglog, markdown_table, provenance, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bda_fx.kernels.packed_projection import pack, packed_projection, serves
+from bda_fx.kernels.packed_projection import serves
 from bda_fx.measure_projection import prepacked_linear
 
 SEED = 0
@@ -65,15 +65,11 @@ def varied(what: str, size: int) -> tuple[Shape, int]:
 
 def projections(shape: Shape, tokens: int) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
-    e, d, f = shape.in_features, shape.head_dim, shape.heads * shape.head_dim
-    x = torch.randn(tokens, e, generator=generator)
-    weight = torch.randn(f, e, generator=generator) / e**0.5
-    bias = torch.randn(f, generator=generator)
-    parts = torch.randperm(e, generator=generator).split([d, e - d])
-    order, panels = torch.cat([part.sort().values for part in parts]), pack(weight[:, d:])
+    x, weight, bias = operands(shape, tokens, torch.float32, generator)
+    rows = basis_first(torch.randperm(shape.in_features, generator=generator), shape.head_dim)
     ways: dict[str, Callable[[], Tensor]] = {
         "eager": lambda: F.linear(x, weight, bias),
-        "ours": lambda: packed_projection(x, panels, order, bias, 0, d, [*range(d)], f),
+        "ours": kernel(shape, x, weight, bias, shape.head_dim, rows),
     }
     prepacked = prepacked_linear(x, weight, bias)
     return ways if prepacked is None else {**ways, "prepacked": prepacked}
@@ -106,7 +102,6 @@ def measure(what: str, size: int, seconds: float, inner: str) -> dict[str, Any]:
     ours = alone.pop("ours")
     best = min(alone, key=alone.__getitem__)
     return {
-        "what": what,
         "size": size,
         "seconds": {"original": alone[best], "ours": ours, **whole},
         "best_original": best,
@@ -162,11 +157,7 @@ def draw(cells: dict[str, list[dict[str, Any]]]) -> Callable[[Any], None]:
                 for way in pair:
                     times = [cell["seconds"][way] for cell in of]
                     ax.loglog(sizes, times, marker="o", label=f"{way}, slope {slope(of, way):.2f}")
-                ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-                ax.minorticks_off()
-                ax.set_xlabel(what)
-                ax.set_ylabel(f"{name}, s")
-                ax.grid(alpha=0.3)
+                label_loglog(ax, sizes, what, f"{name}, s")
                 ax.legend()
 
     return onto

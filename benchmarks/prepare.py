@@ -220,11 +220,7 @@ def draw(found: dict[str, Any]) -> Callable[[Any], None]:
                 sizes = found[dimension]["sizes"]
                 for name in GROWING:
                     ax.loglog(sizes, found[dimension][name][key], marker="o", label=name)
-                ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-                ax.minorticks_off()
-                ax.set_xlabel(LETTERS[dimension])
-                ax.set_ylabel(label)
-                ax.grid(alpha=0.3)
+                record.label_loglog(ax, sizes, LETTERS[dimension], label)
         axes[0][0].legend()
 
     return onto

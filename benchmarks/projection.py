@@ -93,33 +93,51 @@ def compiled(function: Callable[..., Tensor], x: Tensor, **buffers: Tensor) -> C
     return lambda: run(x)
 
 
+def operands(
+    shape: Shape, tokens: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias of the projection."""
+    e, f = shape.in_features, shape.heads * shape.head_dim
+    x = torch.randn(tokens, e, generator=generator).to(dtype)
+    weight = (torch.randn(f, e, generator=generator) / e**0.5).to(dtype)
+    return x, weight, torch.randn(f, generator=generator).to(dtype)
+
+
+def basis_first(permutation: Tensor, r: int) -> Tensor:
+    """Scattered rows: the first r of a permutation and the others, each in ascending order."""
+    parts = permutation.split([r, len(permutation) - r])
+    return torch.cat([part.sort().values for part in parts])
+
+
+def kernel(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, r: int, order: Tensor | None
+) -> Callable[[], Tensor]:
+    """Our kernel with a basis of r rows: in ``order``, or the first ones."""
+    panels, slots = pack(weight[:, r:]), [*range(r), *[-1] * (shape.head_dim - r)]
+    return lambda: packed_projection(x, panels, order, bias, 0, r, slots, len(weight))
+
+
 def candidates(shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute the projection, by name."""
     generator = torch.Generator().manual_seed(SEED)
-    e, d, f = shape.in_features, shape.head_dim, shape.heads * shape.head_dim
-    x = torch.randn(tokens, e, generator=generator).to(dtype)
-    weight = (torch.randn(f, e, generator=generator) / e**0.5).to(dtype)
-    bias = torch.randn(f, generator=generator).to(dtype)
+    e, d = shape.in_features, shape.head_dim
+    x, weight, bias = operands(shape, tokens, dtype, generator)
     prepacked = prepacked_linear(x, weight, bias)
     plain = pack(weight)
     ways: dict[str, Callable[[], Tensor]] = {
         "eager": lambda: F.linear(x, weight, bias),
         "Inductor, frozen": compiled(F.linear, x, weight=weight, bias=bias),
-        "r = 0": lambda: packed_projection(x, plain, None, bias, 0, 0, [-1], f),
+        "r = 0": lambda: packed_projection(x, plain, None, bias, 0, 0, [-1], len(weight)),
     }
     if prepacked is not None:
         ways["oneDNN, prepacked"] = prepacked
 
-    def ours(r: int, order: Tensor | None) -> Callable[[], Tensor]:
-        panels, slots = pack(weight[:, r:]), [*range(r), *[-1] * (d - r)]
-        return lambda: packed_projection(x, panels, order, bias, 0, r, slots, f)
-
     permutation = torch.randperm(e, generator=generator)
     for label, fraction in SIZES.items():
         r = round(fraction * d)
-        order = torch.cat([part.sort().values for part in permutation.split([r, e - r])])
-        ways[f"window, {label}"] = ours(r, None)
-        ways[f"scattered, {label}"] = ours(r, order)
+        order = basis_first(permutation, r)
+        ways[f"window, {label}"] = kernel(shape, x, weight, bias, r, None)
+        ways[f"scattered, {label}"] = kernel(shape, x, weight, bias, r, order)
         if label == "D":
 
             def aten(x: Tensor, weight: Tensor, order: Tensor, bias: Tensor, r: int = r) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,15 @@ def svg(draw: Callable[[Any], None]) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def label_loglog(ax: Any, sizes: Sequence[int], x: str, y: str) -> None:
+    """Labels of a log-log plot over ``sizes``, each of which is a tick."""
+    ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    ax.minorticks_off()
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:

@@ -34,14 +34,15 @@ def in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[R
     One by one where the caller's thread has modes (those that compute symbols instead of numbers,
     say), as other threads would not have them.
     """
-    if torch.get_num_threads() == 1 or function_modes() or dispatch_modes():
+    threads = torch.get_num_threads()
+    if threads == 1 or function_modes() or dispatch_modes():
         yield from map(work, items)
         return
     ahead: deque[Future[Result]] = deque()
     with side_by_side() as pool:
         for item in items:
             ahead.append(pool.submit(work, item))
-            if len(ahead) > pool._max_workers:
+            if len(ahead) > threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from bda_fx.kept_files import kept_files
+
 log = logging.getLogger("bda_fx")
 SOURCE = Path(__file__).with_name("basis_projection.cpp")
 _lock = threading.Lock()
@@ -65,13 +67,12 @@ def build_kernel(flags: Sequence[str] = ()) -> Path:
     """
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_compiler_version_info
     from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils._filelock import FileLock
 
     options = CppTorchOptions(
         vec_isa=pick_vec_isa(), include_pytorch=True, warning_all=False, extra_flags=flags
     )
-    directory = Path(cache_dir()) / "bda_fx"
+    directory = kept_files()
     command = CppBuilder("kernel", str(SOURCE), options, str(directory)).get_command_line()
     command = command.replace(str(directory), "")  # the same kernel, wherever it is kept
     parts = (

@@ -18,7 +18,8 @@ import bda_fx.hash_graph as hash_graph
 import bda_fx.rewrite_cache as rewrite_cache
 from bda_fx.pipeline import on_step
 from tests.programs import Attention as SmallAttention
-from tests.programs import B, E, S, randn
+from tests.programs import B, E, S, assert_close, randn, seeded
+from tests.tolerances import FLOAT32_MODEL
 from tests.zoo import latent
 
 FULL = {"basis_size": "full"}
@@ -32,11 +33,7 @@ class Block(nn.Module):
         self.attention, self.other = SmallAttention(), nn.Linear(E, E)
         self.register_buffer("shift", torch.zeros(E))
         self.scale = scale
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / E**0.5)
-        self.eval().to(dtype)
+        seeded(self).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other(self.attention(x)) * self.scale + self.shift
@@ -157,7 +154,7 @@ def test_one_element_of_any_weight_tells_two_models_apart(
     change(other, name)
     result = run(other, x())
     assert planned()
-    torch.testing.assert_close(result, other(x()).detach(), rtol=1e-4, atol=1e-5)
+    assert_close(result, other(x()).detach(), FLOAT32_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +190,7 @@ def test_weights_loaded_later_are_never_stale(cache: Path, planned: Callable[[],
         for parameter in model.parameters():
             parameter.mul_(-1.5)
         truth = copy.deepcopy(model)(x())
-        torch.testing.assert_close(compiled(x()), truth, rtol=1e-4, atol=1e-5)
+        assert_close(compiled(x()), truth, FLOAT32_MODEL)
 
 
 def test_symbolic_sizes(cache: Path, planned: Callable[[], bool]) -> None:
@@ -205,8 +202,7 @@ def test_symbolic_sizes(cache: Path, planned: Callable[[], bool]) -> None:
     compiled = torch.compile(model, backend="bda", options=FULL, dynamic=True)
     with torch.no_grad():
         for tokens in (S, S + 4, 3):
-            expected = model(x(tokens))
-            torch.testing.assert_close(compiled(x(tokens)), expected, rtol=1e-4, atol=1e-5)
+            assert_close(compiled(x(tokens)), model(x(tokens)), FLOAT32_MODEL)
     assert not planned()
 
 
