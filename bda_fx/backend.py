@@ -26,7 +26,8 @@ from bda_fx.kernels.source_key import kernel_source_key
 from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
 from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
-from bda_fx.passes.transform_weights import Form, transform_weights
+from bda_fx.passes.forms import Form
+from bda_fx.passes.transform_weights import transform_weights
 from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.profitability import Offer, offer_aten
 from bda_fx.report import report_of

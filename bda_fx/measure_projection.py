@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bda_fx.passes.emit_projection import Spelling
+from bda_fx.passes.forms import Form, basis_key, bias_key, weight_key
 from bda_fx.passes.rewrite_graph import rewrite_linear
 from bda_fx.passes.sites import Linear, Plan
-from bda_fx.passes.transform_weights import Form, basis_key, bias_key, weight_key
 from bda_fx.timing_cache import TimingCache
 
 SECONDS = 0.15

@@ -34,9 +34,9 @@ from bda_fx.options import Options
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.choose_sizes import example_size
 from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
+from bda_fx.passes.forms import Form, forms_of
 from bda_fx.passes.site_choices import skips_of
 from bda_fx.passes.sites import Plan, Reason, SitePlan, Skip, Weighed, explain_speedups
-from bda_fx.passes.transform_weights import Form, forms_of
 from bda_fx.predict_projection import Predict
 
 GAIN = 1.02

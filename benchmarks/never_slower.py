@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from bda_fx.kernels.packed_projection import serves
 from bda_fx.measure_projection import ORIGINAL, Candidate, Case, Measure, calls_of
+from bda_fx.passes.forms import forms_of
 from bda_fx.passes.sites import Linear, Plan, Site, SitePlan
-from bda_fx.passes.transform_weights import forms_of
 from bda_fx.profitability import GAIN, speedup
 
 GOAL = 0.98

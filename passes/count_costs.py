@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from bda_fx.passes.forms import basis_key
 from bda_fx.passes.sites import IN, KV, OUT, QO, Plan, Site, SitePlan
-from bda_fx.passes.transform_weights import basis_key
 
 if TYPE_CHECKING:
     from sympy import Expr, Symbol  # type: ignore[import-untyped]

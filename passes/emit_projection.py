@@ -28,7 +28,7 @@ from bda_fx.kernels.packed_projection import (
 )
 from bda_fx.passes.derived_inputs import DerivedInputs
 from bda_fx.passes.emit_node import emit
-from bda_fx.passes.transform_weights import Form, basis_key, weight_key
+from bda_fx.passes.forms import Form, basis_key, weight_key
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ from bda_fx.passes.emit_projection import (
     join_weights,
     weight_keys,
 )
-from bda_fx.passes.sites import Constant, Plan
-from bda_fx.passes.transform_weights import (
+from bda_fx.passes.forms import (
     Form,
     Piece,
     basis_key,
@@ -56,6 +55,7 @@ from bda_fx.passes.transform_weights import (
     forms_of,
     weight_key,
 )
+from bda_fx.passes.sites import Constant, Plan
 
 aten = torch.ops.aten
 

@@ -1,14 +1,9 @@
 """Transform weights: from a plan and the original weights to every tensor the new graph reads.
 
-For each linear that takes part, its output features fall into *pieces*:
-
-* a dense piece: features computed as before, with query features turned by S (U Sᵀ);
-* a decomposed piece per basis: coefficients C over the other inputs (the identity is no weight).
-
-A linear that only meets attention outputs keeps its shape; the columns that meet head i become
-O_i' = S_g O_i. Where the output projection is the one that is decomposed, r of its outputs are sums
-of the heads' leading features and only the other outputs have weights. Constants that take part
-(biases added to queries, tables) turn element by element.
+Decomposed pieces of a linear (``forms``) get coefficients C over the other inputs, dense ones with
+query features are turned by S (U Sᵀ). A linear that only meets attention outputs keeps its shape;
+the columns that meet head i become O_i' = S_g O_i. Constants that take part (biases added to
+queries, tables) turn element by element.
 
 Everything is computed in float64 and rounded once to the weight's dtype; where products are summed
 in a wider one, so that errors of the two factors make up for each other (``round_weights``).
@@ -25,44 +20,13 @@ from torch import Tensor
 from bda_fx.passes.change_basis import ChangeOfBasis, change_basis, turn_vectors
 from bda_fx.passes.choose_basis import choose_basis
 from bda_fx.passes.fit_basis import MAX_RESIDUAL
+from bda_fx.passes.forms import Form, basis_key, bias_key, constant_key, forms_of, weight_key
 from bda_fx.passes.predict_noise import Moments, keeps_sums_wide, predict_noise
 from bda_fx.passes.predict_range import keeps_range
 from bda_fx.passes.read_weights import SiteWeights, float64, moments_of, read_site, read_vectors
 from bda_fx.passes.round_weights import refit, round_with_feedback
 from bda_fx.passes.side_by_side import in_turn
-from bda_fx.passes.sites import IN, OUT, Constant, Fold, Linear, Plan, Site, SitePlan
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Output features of a linear that are computed together, in ascending order.
-
-    ``basis`` is the name of the basis they are decomposed on, or None for a dense piece. Feature n
-    takes basis feature ``slots[n]`` of x unchanged, or none where that is -1.
-    """
-
-    features: tuple[int, ...]
-    basis: str | None = None
-    size: int = 0
-    slots: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a linear that takes part will be computed.
-
-    ``heads``, of an output projection that is decomposed: the columns of each head. Its one piece
-    is the outputs, in the order of the basis and then the others.
-    """
-
-    linear: Linear
-    pieces: tuple[Piece, ...]
-    heads: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        """One dense piece: same shape as before, other values."""
-        return len(self.pieces) == 1 and self.pieces[0].basis is None
+from bda_fx.passes.sites import OUT, Constant, Fold, Linear, Plan, Site, SitePlan
 
 
 @dataclass(frozen=True)
@@ -78,70 +42,6 @@ class Transformed:
     def usable(self) -> bool:
         """Whether every change of basis is exact and keeps its factors within their range."""
         return all(self.in_range) and all(r <= MAX_RESIDUAL for r in self.residual)
-
-
-def forms_of(plan: Plan) -> list[Form]:
-    """The pieces of every linear that the plan touches."""
-    linears: dict[str, Linear] = {}
-    decomposed: dict[str, list[SitePlan]] = {}
-    outputs: dict[str, SitePlan] = {}
-    for item in plan.sites:
-        for linear in item.site.linears:
-            linears.setdefault(linear.weight, linear)
-        if item.site.axis == IN:
-            outputs[item.site.linear.weight] = item
-        else:
-            decomposed.setdefault(item.site.linear.weight, []).append(item)
-    for fold in plan.folds:
-        for linear in (fold.producer, *fold.readers):
-            linears.setdefault(linear.weight, linear)
-    forms = []
-    for weight, linear in linears.items():
-        if weight in outputs:
-            item = outputs[weight]
-            every = tuple(range(linear.out_features))
-            forms.append(Form(linear, (Piece(every, item.basis, item.size),), item.site.features))
-            continue
-        slots: dict[str, dict[int, int]] = {}
-        sizes: dict[str, int] = {}
-        for item in decomposed.get(weight, ()):
-            sizes[item.basis] = item.size
-            for head in item.site.features:
-                for slot, feature in enumerate(head):
-                    taken = slot if slot < item.size else -1
-                    slots.setdefault(item.basis, {})[feature] = taken
-        done = {f for chosen in slots.values() for f in chosen}
-        dense = tuple(f for f in range(linear.out_features) if f not in done)
-        pieces = [Piece(dense)] if dense else []
-        for basis, chosen in slots.items():
-            features = tuple(sorted(chosen))
-            pieces.append(Piece(features, basis, sizes[basis], tuple(chosen[f] for f in features)))
-        forms.append(Form(linear, tuple(pieces)))
-    return forms
-
-
-def weight_key(form: Form, piece: int) -> str:
-    """Name of the derived weight of a piece."""
-    if form.whole:
-        return form.linear.name
-    kind = "dense" if form.pieces[piece].basis is None else f"coefficients{piece or ''}"
-    return f"{form.linear.name}_{kind}"
-
-
-def bias_key(form: Form, piece: int, bias: str) -> str:
-    """Name of the derived bias of a piece; ``bias`` is the original's constant node."""
-    which = form.linear.biases.index(bias)
-    return f"{weight_key(form, piece)}_bias{which or ''}"
-
-
-def basis_key(basis: str, part: str) -> str:
-    """Name of an index tensor of a basis; ``part`` is "rows" or "rest"."""
-    return f"{basis}_{part}"
-
-
-def constant_key(constant: Constant) -> str:
-    """Name of the copy of a constant that one use of it reads."""
-    return f"{constant.name}_at_{constant.user}"
 
 
 def transform_weights(
