@@ -19,7 +19,17 @@ import time
 from typing import Any
 
 import torch
-from projection import DTYPES, SHAPES, SIZES, TOKENS, Shape, compiled, geometric, medians
+from projection import (
+    DTYPES,
+    SHAPES,
+    SIZES,
+    TOKENS,
+    Shape,
+    compiled,
+    geometric,
+    keep_freed_memory,
+    medians,
+)
 from record import heading, markdown_table, provenance, write
 from torch.nn import functional as F
 
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--only", nargs="+", help="names of shapes; leaves the results as they are")
     chosen = parser.parse_args()
+    keep_freed_memory()
     if not serves(CPU, torch.float32):
         raise SystemExit("never_slower.py: there is no kernel to measure (see the warning)")
     shapes = [s for s in SHAPES if not chosen.only or s.name in chosen.only]

@@ -1,13 +1,14 @@
 // A decomposed projection on CPUs: y = x_R Cᵀ + spread(x_B) + b, from one read of x.
 //
-//   x [tokens, E], any strides     packed C: panels of PANEL output features, [panels, K, PANEL] or,
-//   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, PANEL, 2]
+//   x [tokens, E], any strides     packed C: panels of W output features, [panels, K, W] or,
+//   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, W, 2]
 //
 // For each block of tokens: x_R is packed into rows A [M, K] and x_B into rows of float32, both from
-// one read of x (the features of an ascending order are compressed by mask, 16 or 32 at a time).
-// For each panel: C [M, PANEL] starts as spread(x_B) + b in float32, oneDNN's brgemm adds A times the
-// panel, and the sum is rounded once into y. Threads share tokens × panels. Scratch memory belongs to
-// the thread and is kept, so that a call allocates its result alone.
+// one read of x (the features of an ascending order are compressed by mask, a vector at a time).
+// For each panel: oneDNN's brgemm multiplies A by the panel into sums [M, W] in float32, to which
+// spread(x_B) + b is added before they are rounded once into y (float32 is summed in y itself).
+// Threads share tokens × panels. Scratch memory belongs to the thread and is kept, so that a call
+// allocates its result alone.
 //
 // Where brgemm has no kernel for a type on this CPU, blocks are multiplied in float32, by brgemm or,
 // without that, by ATen's addmm. All index arithmetic is in int64.
@@ -38,7 +39,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX512VBMI2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -51,7 +52,10 @@ namespace {
 
 namespace blas = at::native::cpublas;
 
-constexpr int64_t PANEL = 64; // four vectors of 16 floats: what a register block of brgemm is wide
+// Outputs of a panel: four vectors of floats, as a register block of brgemm is wide. A wider panel is
+// read anew for each few rows, and from the L2 cache where it exceeds the L1 cache.
+constexpr int64_t PANEL = std::max<int64_t>(32, 4 * at::vec::Vectorized<float>::size());
+constexpr int64_t WIDEST = 64; // panel that is read: coefficients may come from another machine
 constexpr int64_t ALIGN = 64; // bytes of a cache line and of the widest vector
 constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
 constexpr int64_t TOKENS_MULTIPLE = 6; // rows of brgemm's register block with four vectors across
@@ -103,7 +107,7 @@ class Scratch {
 };
 
 struct Buffers {
-  Scratch rest, basis, sums, panel, row;
+  Scratch rest, basis, sums, panel, row, wide;
 };
 
 Buffers& buffers() {
@@ -119,7 +123,7 @@ constexpr int64_t lanes() { return ALIGN / static_cast<int64_t>(sizeof(T)); }
 // Whether this CPU compresses a vector of T by mask.
 template <typename T>
 constexpr bool compresses() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (sizeof(T) == 4) return true;
 #endif
 #if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
@@ -127,6 +131,18 @@ constexpr bool compresses() {
 #endif
   return false;
 }
+
+// The places of the bits of each mask of eight, a byte each: AVX2 has no compression by mask, but
+// permutations.
+constexpr std::array<int64_t, 256> COMPRESSED = [] {
+  std::array<int64_t, 256> places{};
+  for (int64_t mask = 0; mask < 256; ++mask) {
+    for (int64_t bit = 0, at = 0; bit < 8; ++bit) {
+      if (mask >> bit & 1) places[mask] |= bit << 8 * at++;
+    }
+  }
+  return places;
+}();
 
 // Features of x in the order in which they are picked: ranges, a mask, or a list.
 class Features {
@@ -163,6 +179,9 @@ class Features {
     return list_ == nullptr && (one.first == one.second || two.first == two.second);
   }
 
+  // Whether they are compressed by a mask, where the CPU can.
+  bool masked() const { return width_ > 0; }
+
   int64_t first() const {
     const auto& [one, two] = ranges_;
     return one.first < one.second ? one.first : two.first;
@@ -180,7 +199,7 @@ class Features {
         }
         out += end - begin;
       }
-    } else if (compresses<T>() && stride == 1 && width_ > 0) {
+    } else if (compresses<T>() && stride == 1 && masked()) {
       compress(row, out);
     } else {
       for (int64_t i = 0; i < count_; ++i) out[i] = row[list_[i] * stride];
@@ -205,6 +224,20 @@ class Features {
 #endif
       }
       out += std::popcount(mask);
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+      const int* from = reinterpret_cast<const int*>(row);
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      for (int64_t at = 0; at < width_; at += 8) {
+        const uint64_t mask = masks_[at / 64] >> (at % 64) & 0xff;
+        const __m256i left = _mm256_set1_epi32(static_cast<int>(std::min<int64_t>(width_ - at, 8)));
+        const __m256i read = _mm256_maskload_epi32(from + at, _mm256_cmpgt_epi32(left, lane));
+        const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(COMPRESSED[mask]));
+        _mm256_storeu_si256(
+            reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(read, order));
+        out += std::popcount(mask);
+      }
     }
 #endif
   }
@@ -301,6 +334,9 @@ bool has_brgemm() {
 // One call: x of type T, multiplied in the type P of the packed coefficients.
 template <typename T, typename P>
 class Projection {
+  using Wide = at::vec::Vectorized<float>;
+  using Narrow = at::vec::Vectorized<T>;
+
  public:
   Projection(
       const at::Tensor& x,
@@ -323,6 +359,7 @@ class Projection {
         tokens_(features_ == 0 ? 0 : y.numel() / features_),
         pairs_(packed.dim() == 4),
         inner_(pairs_ ? 2 * packed.size(1) : packed.size(1)),
+        panel_(packed.size(2)),
         brgemm_(at::globalContext().userEnabledMkldnn() && has_brgemm<P>()) {
     constexpr int64_t some = TOKENS_MULTIPLE;
     const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
@@ -344,7 +381,7 @@ class Projection {
   }
 
   void run() {
-    const int64_t panels = (features_ + PANEL - 1) / PANEL;
+    const int64_t panels = (features_ + panel_ - 1) / panel_;
     const int64_t blocks = (tokens_ + block_ - 1) / block_;
     share(blocks * panels, [&](int64_t begin, int64_t end) {
       int64_t gathered = -1;
@@ -388,15 +425,29 @@ class Projection {
     float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
     const int64_t widest = std::max(rest_.count(), basis_.count());
     T* row = buffers().row.get<T>(round_up<T>(widest) + lanes<T>());
+    // Where rows become float32 anyway and only these are compressed, they become so first.
+    const bool widened = !std::is_same_v<T, float> && std::is_same_v<P, float> && stride_ == 1 &&
+        compresses<float>() && !compresses<T>() && (rest_.masked() || basis_.masked());
+    const int64_t width = rest_.count() + basis_.count();
+    float* wide = widened ? buffers().wide.get<float>(width) : nullptr;
     const T* first = x_ + rows_.offset(block * block_);
     for (int64_t m = 0; m < tokens_of(block); ++m) {
       const T* from = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
+      if (widened) at::vec::convert(from, wide, width);
       if (!rest_in_place_) {
-        pick(rest_, from, row, rest + m * rest_stride_);
+        P* to = rest + m * rest_stride_;
+        if (widened) {
+          if constexpr (std::is_same_v<P, float>) rest_.pick(wide, 1, to);
+        } else {
+          pick(rest_, from, row, to);
+        }
         // A row of coefficients is padded with zeros, which must not meet an infinity.
-        for (int64_t i = rest_.count(); i < inner_; ++i) rest[m * rest_stride_ + i] = P(0);
+        for (int64_t i = rest_.count(); i < inner_; ++i) to[i] = P(0);
       }
-      if (!basis_in_place_) pick(basis_, from, row, basis + m * basis_stride_);
+      if (!basis_in_place_) {
+        float* to = basis + m * basis_stride_;
+        widened ? basis_.pick(wide, 1, to) : pick(basis_, from, row, to);
+      }
     }
   }
 
@@ -414,21 +465,24 @@ class Projection {
 
   // The outputs of one panel for one block of tokens, from what was gathered.
   void multiply(int64_t block, int64_t panel) const {
-    const int64_t m = tokens_of(block), first = panel * PANEL;
-    const int64_t n = std::min(PANEL, features_ - first);
+    const int64_t m = tokens_of(block), first = panel * panel_;
+    const int64_t n = std::min(panel_, features_ - first);
     T* y = y_ + block * block_ * features_ + first;
-    float* sums = buffers().sums.get<float>(block_ * PANEL);
-    int64_t stride = PANEL;
+    float* sums;
+    int64_t stride;
     if constexpr (std::is_same_v<T, float>) {
       sums = y;
       stride = features_;
+    } else {
+      sums = buffers().sums.get<float>(block_ * panel_);
+      stride = panel_;
     }
     if (inner_ > 0) {
-      multiply(rest(block), m, n, packed_ + panel * inner_ * PANEL, sums, stride);
+      multiply(rest(block), m, n, packed_ + panel * inner_ * panel_, sums, stride);
     } else {
       for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * stride, n, 0.0f);
     }
-    float bias[PANEL] = {};
+    float bias[WIDEST] = {};
     if (bias_ != nullptr) at::vec::convert(bias_ + first, bias, n);
     const float* features = basis(block);
     const int64_t width = slots_.size();
@@ -439,17 +493,16 @@ class Projection {
         if (slots_[(first + end) % width] != slot + (end - begin) * step) break;
       }
       if (std::is_same_v<T, float> && slot < 0 && bias_ == nullptr) continue;
-      for (int64_t i = 0; i < m; ++i) {
-        const float* sum = sums + i * stride + begin;
-        const float* identity = slot < 0 ? nullptr : features + i * basis_stride_ + slot;
-        finish(sum, identity, bias + begin, y + i * features_ + begin, end - begin);
-      }
+      const float* identity = slot < 0 ? nullptr : features + slot;
+      finish(m, end - begin, sums + begin, stride, identity, bias + begin, y + begin);
     }
   }
 
-  static at::vec::Vectorized<T> narrow(
-      const at::vec::Vectorized<float>& low, const at::vec::Vectorized<float>& high) {
-    if constexpr (std::is_same_v<T, at::BFloat16>) {
+  // Two vectors of floats as one of T; the first one alone where T is float.
+  static Narrow narrow(const Wide& low, const Wide& high) {
+    if constexpr (std::is_same_v<T, float>) {
+      return low;
+    } else if constexpr (std::is_same_v<T, at::BFloat16>) {
 #if defined(__AVX512BF16__)
       return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 #endif
@@ -459,27 +512,53 @@ class Projection {
     }
   }
 
-  // y [n] = sums + identity + bias, rounded once.
-  static void finish(
-      const float* sums, const float* identity, const float* bias, T* y, int64_t n) {
-    using Wide = at::vec::Vectorized<float>;
-    const auto add = [&](int64_t at, int64_t count) {
-      const Wide sum = Wide::loadu(sums + at, count) + Wide::loadu(bias + at, count);
-      return identity == nullptr ? sum : sum + Wide::loadu(identity + at, count);
-    };
-    constexpr int64_t wide = Wide::size();
+  // y [m, n] = sums + identity + bias, rounded once.
+  void finish(
+      int64_t m, int64_t n, const float* sums, int64_t stride, const float* identity,
+      const float* bias, T* y) const {
     int64_t at = 0;
-    if constexpr (std::is_same_v<T, float>) {
-      for (; at + wide <= n; at += wide) add(at, wide).store(y + at);
-      if (at < n) add(at, n - at).store(y + at, n - at);
-    } else {
-      for (; at + 2 * wide <= n; at += 2 * wide) {
-        narrow(add(at, wide), add(at + wide, wide)).store(y + at);
+    const auto vectors = [&](auto count) {
+      constexpr int64_t width = count() * Narrow::size();
+      for (; at + width <= n; at += width) {
+        const float* from = identity == nullptr ? nullptr : identity + at;
+        finish_vectors<count()>(m, sums + at, stride, from, bias + at, y + at);
       }
-      if (at < n) {
-        const int64_t one = std::min(wide, n - at), two = n - at - one;
-        const Wide low = add(at, one), high = two > 0 ? add(at + wide, two) : Wide(0.0f);
-        narrow(low, high).store(y + at, n - at);
+    };
+    vectors(std::integral_constant<int, 4>());
+    vectors(std::integral_constant<int, 2>());
+    vectors(std::integral_constant<int, 1>());
+    if (at == n) return;
+    const int64_t one = std::min<int64_t>(Wide::size(), n - at), two = n - at - one;
+    for (int64_t i = 0; i < m; ++i) {
+      const auto add = [&](int64_t from, int64_t count) {
+        const Wide row = Wide::loadu(sums + i * stride + from, count);
+        const Wide sum = row + Wide::loadu(bias + from, count);
+        if (identity == nullptr) return sum;
+        return sum + Wide::loadu(identity + i * basis_stride_ + from, count);
+      };
+      const Wide low = add(at, one), high = two > 0 ? add(at + one, two) : Wide(0.0f);
+      narrow(low, high).store(y + i * features_ + at, n - at);
+    }
+  }
+
+  // The same for COUNT vectors of T in each row, with their bias in registers.
+  template <int COUNT>
+  void finish_vectors(
+      int64_t m, const float* sums, int64_t stride, const float* identity, const float* bias,
+      T* y) const {
+    constexpr int64_t parts = Narrow::size() / Wide::size();
+    std::array<Wide, COUNT * parts> offsets, row;
+    for (size_t j = 0; j < row.size(); ++j) offsets[j] = Wide::loadu(bias + j * Wide::size());
+    for (int64_t i = 0; i < m; ++i) {
+      for (size_t j = 0; j < row.size(); ++j) {
+        row[j] = Wide::loadu(sums + i * stride + j * Wide::size()) + offsets[j];
+        if (identity != nullptr) {
+          row[j] = row[j] + Wide::loadu(identity + i * basis_stride_ + j * Wide::size());
+        }
+      }
+      for (int64_t j = 0; j < COUNT; ++j) {
+        narrow(row[j * parts], row[j * parts + parts - 1])
+            .store(y + i * features_ + j * Narrow::size());
       }
     }
   }
@@ -490,8 +569,8 @@ class Projection {
     if (brgemm_) {
       for (int64_t k = 0; k < inner_; k += run_) {
         blas::brgemm(
-            m, n, std::min(run_, inner_ - k), rest_stride_, PANEL, stride, k > 0, a + k,
-            panel + k * PANEL, sums, pairs_);
+            m, n, std::min(run_, inner_ - k), rest_stride_, panel_, stride, k > 0, a + k,
+            panel + k * panel_, sums, pairs_);
       }
       return;
     }
@@ -500,16 +579,16 @@ class Projection {
       left = a;
       right = panel;
     } else { // oneDNN was switched off after packing
-      float* wide = buffers().panel.get<float>(m * rest_stride_ + inner_ * PANEL);
+      float* wide = buffers().panel.get<float>(m * rest_stride_ + inner_ * panel_);
       left = wide;
       for (int64_t i = 0; i < m; ++i) {
         at::vec::convert(a + i * rest_stride_, wide + i * rest_stride_, inner_);
       }
       right = wide += m * rest_stride_;
       for (int64_t k = 0; k < inner_; ++k) {
-        for (int64_t j = 0; j < PANEL; ++j) {
-          const int64_t at = pairs_ ? k / 2 * 2 * PANEL + 2 * j + k % 2 : k * PANEL + j;
-          wide[k * PANEL + j] = static_cast<float>(panel[at]);
+        for (int64_t j = 0; j < panel_; ++j) {
+          const int64_t at = pairs_ ? k / 2 * 2 * panel_ + 2 * j + k % 2 : k * panel_ + j;
+          wide[k * panel_ + j] = static_cast<float>(panel[at]);
         }
       }
     }
@@ -519,7 +598,7 @@ class Projection {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor total = matrix(sums, m, n, stride);
     at::addmm_out(
-        total, total, matrix(left, m, inner_, rest_stride_), matrix(right, inner_, n, PANEL), 0, 1);
+        total, total, matrix(left, m, inner_, rest_stride_), matrix(right, inner_, n, panel_), 0, 1);
   }
 
   const T* x_;
@@ -535,12 +614,22 @@ class Projection {
   int64_t features_, tokens_;
   bool pairs_;
   int64_t inner_; // rows of a panel: E - r, made even for pairs
+  int64_t panel_; // its outputs
   bool brgemm_;
   bool rest_in_place_ = false, basis_in_place_ = false; // read from x where it is
   int64_t run_ = 1; // products that are summed before they are added to what is there
   int64_t block_ = 1; // tokens
   int64_t rest_stride_ = 0, basis_stride_ = 0;
 };
+
+// Whether ``packed`` has the shape of packed coefficients [outputs, inner].
+bool packs(const at::Tensor& packed, int64_t outputs, int64_t inner) {
+  if ((packed.dim() != 3 && packed.dim() != 4) || !packed.is_contiguous()) return false;
+  const bool pairs = packed.dim() == 4;
+  const int64_t panel = packed.size(2);
+  return 1 <= panel && panel <= WIDEST && packed.size(0) == (outputs + panel - 1) / panel &&
+      packed.size(1) == (pairs ? (inner + 1) / 2 : inner) && (!pairs || packed.size(3) == 2);
+}
 
 at::Tensor project(
     const at::Tensor& x,
@@ -552,16 +641,13 @@ at::Tensor project(
     at::IntArrayRef slots,
     int64_t out_features) {
   TORCH_CHECK(x.dim() > 0 && x.device().is_cpu(), "basis_projection: x has no features on the CPU");
-  const int64_t width = x.size(-1), panels = (out_features + PANEL - 1) / PANEL;
-  const bool pairs = packed.dim() == 4;
+  const int64_t width = x.size(-1);
   TORCH_CHECK(
       0 <= size && size <= width && 0 <= start && (order || start <= width - size),
       "basis_projection: a basis of ", size, " features from ", start, " on is not within x's ",
       width);
   TORCH_CHECK(
-      packed.is_contiguous() && (pairs || packed.dim() == 3) && packed.size(0) == panels &&
-          packed.size(1) == (pairs ? (width - size + 1) / 2 : width - size) &&
-          packed.size(2) == PANEL && (!pairs || packed.size(3) == 2),
+      packs(packed, out_features, width - size),
       "basis_projection: packed coefficients ", packed.sizes(), " are not those of ", out_features,
       " outputs of ", width - size, " features");
   TORCH_CHECK(
@@ -698,6 +784,7 @@ bool packs_in_pairs(at::ScalarType type) {
 
 TORCH_LIBRARY_FRAGMENT(bda_fx, m) {
   m.def("packs_in_pairs(ScalarType dtype) -> bool", packs_in_pairs);
+  m.def("panel_width() -> int", [] { return PANEL; });
 }
 
 TORCH_LIBRARY_IMPL(bda_fx, Autograd, m) {

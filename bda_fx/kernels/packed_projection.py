@@ -7,9 +7,10 @@ Packing pays once where weights are used often, so a compiled graph reads packed
 are derived weights like others: computed from the parameters and recomputed when these change. The
 operator on plain coefficients packs them at each call.
 
-Packed, C [F, K] is cut into panels of 64 outputs, filled up with zeros: [F / 64, K, 64], or in
-pairs of K for the 16-bit dot products of the CPU, [F / 64, K / 2, 64, 2]. Types that the CPU cannot
-multiply are packed in float32, which multiplies them exactly.
+Packed, C [F, K] is cut into panels of W outputs, filled up with zeros: [F / W, K, W], or in pairs
+of K for the 16-bit dot products of the CPU, [F / W, K / 2, W, 2]. W is what suits the CPU's
+vectors, 32 or 64; the kernel reads either. Types that the CPU cannot multiply are packed in
+float32, which multiplies them exactly.
 
     packed_projection_by_tokens(…, dense, ranges)
         = packed_projection(…)          where ranges = [first, last, first, last, …] hold the tokens
@@ -39,8 +40,6 @@ from bda_fx.kernels.basis_projection import (
 )
 from bda_fx.kernels.build_kernel import kernel_loaded
 
-PANEL = 64
-"""Outputs of a panel; the kernel's own number."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernel computes."""
 
@@ -70,8 +69,9 @@ def pack(coefficients: Tensor) -> Tensor:
     dtype = coefficients.dtype if pairs else torch.float32
     out_features, inner = coefficients.shape
     odd = inner % 2 if pairs else 0
-    filled = F.pad(coefficients.to(dtype), (0, odd, 0, -out_features % PANEL))
-    panels = filled.view(len(filled) // PANEL, PANEL, inner + odd)
+    width = torch.ops.bda_fx.panel_width()
+    filled = F.pad(coefficients.to(dtype), (0, odd, 0, -out_features % width))
+    panels = filled.view(len(filled) // width, width, inner + odd)
     if not pairs:
         return panels.mT.contiguous()
     return panels.unflatten(-1, ((inner + odd) // 2, 2)).transpose(1, 2).contiguous()
