@@ -13,6 +13,7 @@ data movement does not round, a cast down does, and nodes of a wider dtype do no
 nodes are run once more in float64, and their own errors take the place of u v ε: those of real
 sums, of attention kernels and of approximate functions. That matters: by ρ alone the sites of
 MiniLM-L6 and rxnfp would have two to three times their share, as other nodes round more than once.
+Of wide linears that no site rounds, some features stand for all (``sample_errors``).
 
 The same pass shows values and gradients at each factor of a site, and second moments of the
 gradients of its weights: with them ``observe_noise`` foretells what a change of basis does.

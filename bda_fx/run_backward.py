@@ -19,8 +19,9 @@ from bda_fx.passes.canonicalize import Program, constant_nodes
 from bda_fx.passes.choose_sizes import example_size
 from bda_fx.passes.observe_noise import Observed, pick_tokens
 from bda_fx.passes.predict_noise import keeps_sums_wide, partial_roundings
-from bda_fx.passes.read_weights import FactorKey, factor_key
+from bda_fx.passes.read_weights import FactorKey, all_finite, factor_key
 from bda_fx.passes.sites import IN, OUT, Linear, Site
+from bda_fx.sample_errors import Sample, sample_of
 
 ROUNDING = 1 / 24
 """ε² of one rounding over the dtype's eps²: errors are even within half a unit in the last place,
@@ -80,7 +81,9 @@ def _casts_down(node: fx.Node, value: Tensor) -> bool:
     )
 
 
-def _by_feature(energy: Tensor) -> Tensor:
+def _by_feature(effect: Tensor) -> Tensor:
+    """Squares of ``effect`` [*, F] added up for each feature, [F] in float64 on the CPU."""
+    energy = effect.double().square_()
     return (energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy).cpu()
 
 
@@ -163,42 +166,52 @@ class Backward(Wide):
             value = value.detach().requires_grad_()
         rate, watched = roundings(n), n.name in self.watched
         if rate or watched:
-            seen, errors = value.detach(), self.errors(n, value.detach()) if rate else None
+            seen = value.detach()
+            errors, sample = self.errors(n, seen, watched) if rate else (None, None)
+            if errors is None or watched:
+                seen = seen.masked_fill(seen.isinf(), 0.0)  # as in masks: no rounding changes them
 
             def collect(gradient: Tensor) -> None:
                 if errors is not None and not watched:  # most nodes of a float32 program
-                    noise = torch.linalg.vector_norm(errors * gradient, dtype=torch.float64)
+                    heard = gradient if sample is None else sample.of(gradient)
+                    noise = torch.linalg.vector_norm(errors * heard, dtype=torch.float64)
                     self.total += float(noise) ** 2
                     return
-                energy = (seen * gradient).double().square()
-                energy.masked_fill_(seen.isinf(), 0.0)  # as in masks: no rounding changes them
-                felt = rate * energy if errors is None else (errors * gradient).double().square()
+                energy = _by_feature(seen * gradient)
+                felt = rate * energy if errors is None else _by_feature(errors * gradient)
                 self.total += float(felt.sum())
                 if watched:
-                    self.energies[n.name] = _by_feature(energy), _by_feature(felt)
+                    self.energies[n.name] = energy, felt
 
             self.hooks.append(value.register_hook(collect))
         if n.name in self.linears:
             self.watch_linear(n, value)
         return value
 
-    def errors(self, n: fx.Node, value: Tensor) -> Tensor | None:
+    def errors(
+        self, n: fx.Node, value: Tensor, entirely: bool
+    ) -> tuple[Tensor | None, Sample | None]:
         """How far float32 ``value`` is from what the node makes of its arguments in float64; None
-        where there is no telling, or where the program is not of that dtype."""
-        own = n.meta["val"].dtype
-        if n.target is operator.getitem:
-            return None
-        if not own == value.dtype == torch.float32:
-            return None
+        where there is no telling, or where the program is not of that dtype.
+
+        Unless ``entirely``, it may be of a sample of features, weighted so that their squares stand
+        for all.
+        """
+        if n.target is operator.getitem or not n.meta["val"].dtype == value.dtype == torch.float32:
+            return None, None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        sample = None if entirely else sample_of(n, args, value)
+        if sample is not None:
+            args, value = sample.arguments(args), sample.of(value)
         try:
             with torch.no_grad():
                 exact = self.exact.call_function(n.target, args, kwargs)
         except Exception:  # whatever an op raises that knows float32 alone
-            return None
+            return None, None
         if not isinstance(exact, Tensor) or exact.dtype != torch.float64:
-            return None
-        return (exact - value).nan_to_num_(0.0, 0.0, 0.0).float()
+            return None, None
+        errors = (exact - value).nan_to_num_(0.0, 0.0, 0.0).float()
+        return errors if sample is None else errors.mul_(sample.weights), sample
 
     def noise_of(self, name: str, features: Tensor, rate: float | None) -> Tensor:
         """Σ ρ ε² v² (Jᵀz)² of some features of a watched node, by ``rate`` if not the node's."""
@@ -240,16 +253,27 @@ class _FactorMoments:
         self.uses: list[tuple[Tensor, Tensor]] = []  # of a weight that is used often
         self.passes = 0
         heads, dim = self.index.shape
+        first = int(self.index[0, 0])
+        self.in_order = torch.equal(
+            self.index.flatten(), torch.arange(first, first + self.index.numel())
+        )
         self.values, self.effects = torch.empty(2, heads, 0, dim)
         self.weight_effects, self.weight_effect = torch.zeros(2, heads, dim, dim).double()
         self.seen: list[tuple[Tensor, Tensor]] = []  # in the pass under way, as is weight_effect
 
     def add(self, values: Tensor, gradients: Tensor) -> None:
         """Values and gradients of the linear's outputs or inputs, [tokens, features]."""
-        self.seen.append((self._heads(values), self._heads(gradients)))
+        both = self._heads(values), self._heads(gradients)
+        self.seen.append((both[0].float().cpu(), both[1].float().cpu()))
 
     def _heads(self, rows: Tensor) -> Tensor:
-        return rows.detach()[:, self.index.to(rows.device)].transpose(0, 1).float().cpu()
+        """The heads [n, tokens, D] in [tokens, features]: a view where their features follow each
+        other."""
+        rows = rows.detach()
+        if self.in_order:
+            part = rows.narrow(1, int(self.index[0, 0]), self.index.numel())
+            return part.unflatten(1, self.index.shape).transpose(0, 1)
+        return rows[:, self.index.to(rows.device)].transpose(0, 1)
 
     def add_use(self, inputs: Tensor, gradients: Tensor) -> None:
         """A use of the weight: the linear's ``inputs`` and ``gradients`` of its outputs, [tokens,
@@ -262,7 +286,7 @@ class _FactorMoments:
 
     def _see_weight_gradient(self, own: Tensor, other: Tensor) -> None:
         """Γ = ownᵀ other, through the Gram matrix of whichever is smaller: tokens or features."""
-        heads, width = own.T[self.index.to(own.device)], other.shape[1]
+        heads, width = self._heads(own).mT, other.shape[1]
         if len(other) < width:
             gram = heads @ (other @ other.T) @ heads.mT
         else:
@@ -276,10 +300,11 @@ class _FactorMoments:
             own, other = zip(*self.uses, strict=True)
             self._see_weight_gradient(torch.cat(own), torch.cat(other))
         if total > 0 and self.seen:
-            values, effects = (torch.cat(every, 1) for every in zip(*self.seen, strict=True))
-            every = (self.values, values), (self.effects, effects / total**0.5)
-            both = [torch.cat(pair, 1) for pair in every]
-            self.values, self.effects = pick_tokens(*both, count=TOKENS, typical=self.typical)
+            before, seen = self.values.shape[1], [(self.values, self.effects), *self.seen]
+            values, effects = (torch.cat(every, 1) for every in zip(*seen, strict=True))
+            effects[:, before:] /= total**0.5
+            picked = pick_tokens(values, effects, count=TOKENS, typical=self.typical)
+            self.values, self.effects = picked
             self.weight_effects.add_(self.weight_effect, alpha=1 / total)
             self.passes += 1
         self.weight_effect.zero_()
@@ -293,4 +318,4 @@ class _FactorMoments:
         moments = self.weight_effects / self.passes
         found = Observed(self.values, effects, moments, self.typical)
         every = (found.values, found.effects, found.weight_effects)
-        return found if all(moment.isfinite().all() for moment in every) else None
+        return found if all(map(all_finite, every)) else None

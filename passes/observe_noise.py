@@ -97,16 +97,24 @@ class Rounded:
 
     def as_they_are(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same in the original basis."""
-        dim = self.vectors.shape[2]
-        eye = torch.eye(dim, dtype=torch.float64).expand(len(self.vectors), dim, dim)
-        return self._energies(eye, eye)
+        if self.elements:
+            energies, effects = (
+                moments.diagonal(dim1=1, dim2=2).clamp_min(0)
+                for moments in (self.vectors, self.effects)
+            )
+            return energies, effects, energies * effects
+        return self._energies_of(self.vectors, self.effects)
 
     def _energies(self, there: Tensor, back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.elements:
             energies, effects = _diagonal(self.vectors, there), _diagonal(self.effects, back)
             return energies, effects, energies * effects
-        values = (self.vectors @ there.to(self.vectors.dtype)).square()
-        effects = (self.effects @ back.to(self.effects.dtype)).square()
+        return self._energies_of(
+            self.vectors @ there.to(self.vectors.dtype), self.effects @ back.to(self.effects.dtype)
+        )
+
+    def _energies_of(self, values: Tensor, effects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, effects = values.square(), effects.square()
         size, heard = values.sum(1).double(), effects.sum(1).double()
         both = size * heard / values.shape[1]
         return size, heard, (values * effects).sum(1).double() if self.typical else both

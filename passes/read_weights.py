@@ -181,3 +181,12 @@ def _select(matrix: Tensor, axis: int, index: Tensor) -> Tensor:
 def float64(value: Tensor) -> Tensor:
     """On the CPU, where all numerics are done."""
     return value.detach().to("cpu", torch.float64)
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no element of a floating-point tensor is inf or nan: both show in its extremes, which
+    are found in one pass and without a tensor of booleans."""
+    if value.numel() == 0:
+        return True
+    least, most = torch.aminmax(value)
+    return bool(least.isfinite() & most.isfinite())
