@@ -129,6 +129,7 @@ def find_and_plan(
             opaque_cache=opaque,
             headroom=headroom,
             optimize_for=options.optimize_for,
+            alternatives=fixed_rows,  # else nobody is told of them
         )
         if shares is None:
             plan = plan_sites(found, values, planning, folds)

@@ -142,6 +142,10 @@ class BasisSearch:
                 self._obliqueness[size] = float(judged.mean())
         return self._obliqueness[size]
 
+    def judged(self, size: int) -> bool:
+        """Whether the obliqueness of ``size`` is known."""
+        return size in self._obliqueness
+
     def _pivots(self, size: int) -> bool:
         few = size == self.heads.shape[1] or self.strategy != "pivot"
         return not few and len(self._search.y) > 0

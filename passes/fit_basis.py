@@ -109,6 +109,10 @@ class BasisFits:
         was, now = (1 + partial_roundings(n) for n in (terms, terms - size))
         return (now / was + 1) / 2
 
+    def weighed(self, size: int) -> bool:
+        """Whether the noise of ``size`` was asked for before."""
+        return size in self._fits or self.search.judged(size)
+
     @property
     def known(self) -> list[int]:
         """Sizes that were fitted."""

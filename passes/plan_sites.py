@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bda_fx.passes.observe_noise import Observed
 from bda_fx.passes.predict_noise import keeps_sums_wide
-from bda_fx.passes.read_weights import FactorKey, constants_of
+from bda_fx.passes.read_weights import FactorKey, all_finite, constants_of
 from bda_fx.passes.side_by_side import side_by_side
 from bda_fx.passes.site_choices import Choice, skips_of, steps_of, worthwhile
 from bda_fx.passes.sites import IN, OUT, Fold, Found, Plan, Reason, Site, SitePlan
@@ -70,6 +70,9 @@ class Planning:
     headroom: float = 1.0
     """What part of the budget may be spent on these weights; others of the same graph, on the same
     sizes, may need the rest."""
+    alternatives: bool = True
+    """Whether the steps that are not taken are weighed in any case, to be told of; else only where
+    the budget does not allow the first one everywhere."""
 
     def strategy(self, folded: bool) -> str:
         """How rows are chosen; ``folded``: x can come in basis order at no cost."""
@@ -194,8 +197,15 @@ class _Spending:
 
     def allows(self, costs: Sequence[Sequence[float]]) -> bool:
         """Whether these are within the budget, even where it does not decide about sizes."""
+        return self._within(costs, self.allowance)
+
+    def allows_first(self, choices: Sequence[Choice]) -> bool:
+        """Whether the first step can be taken everywhere."""
+        return self._within([choice.costs(0) for choice in choices], self.limit)
+
+    def _within(self, costs: Sequence[Sequence[float]], limit: float) -> bool:
         totals = [max(o) if self.alike else sum(o) for o in zip(*costs, strict=True)]
-        return all(math.isfinite(total) and total <= self.allowance for total in totals)
+        return all(math.isfinite(total) and total <= limit for total in totals)
 
     def choose(self, choices: Sequence[Choice], weigh: Weigh) -> None:
         for group in [[choice] for choice in choices] if self.alike else [choices]:
@@ -276,8 +286,12 @@ def _decide(choices: list[Choice], spend: _Spending, pool: ThreadPoolExecutor) -
     frugal = sum(choice.search_bytes for choice in choices) > KEPT_SEARCHES
     for choice in choices:
         choice.frugal = frugal
-    list(pool.map(Choice.estimate, choices))
+    list(pool.map(Choice.estimate_first, choices))
+    estimated = False
     while ways:
+        if not estimated and (spend.planning.alternatives or not spend.allows_first(choices)):
+            list(pool.map(Choice.estimate, choices))
+            estimated = True
         spend.choose(choices, ways[0])
         if not all(choice.settled for choice in choices):
             list(pool.map(Choice.settle, choices))
@@ -404,7 +418,7 @@ def unusable(site: Site, values: Mapping[str, Tensor]) -> Reason | None:
             return Reason.NO_VALUES
         if not value.dtype.is_floating_point:
             return Reason.NOT_FLOATING
-        if not value.isfinite().all():
+        if not all_finite(value):
             return Reason.NOT_FINITE
     return None
 

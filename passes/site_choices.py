@@ -158,6 +158,11 @@ class Choice:
         self.fits(self.steps[step].view).fits(self.steps[step].size)
         self._release()
 
+    def estimate_first(self) -> None:
+        """Estimate the noise of the step that is worth most."""
+        self.noise(0)
+        self._release()
+
     def estimate(self) -> None:
         """Estimate the noise of all steps of the side that is worth most."""
         for number, step in enumerate(self.steps):
@@ -207,7 +212,7 @@ class Choice:
         return f"{site.linear.name}_{kind}{first.features[0][0]}"
 
     def _alternatives(self, at: int) -> tuple[Alternative, ...]:
-        """The other steps as site ``at`` sees them, as far as their side was looked at."""
+        """The other steps as site ``at`` sees them, as far as they were looked at."""
         return tuple(
             Alternative(
                 self.views[step.view][at].side,
@@ -216,7 +221,9 @@ class Choice:
                 step.size not in self._fits[step.view].known,
             )
             for number, step in enumerate(self.steps)
-            if number != self.chosen and step.view in self._fits
+            if number != self.chosen
+            and step.view in self._fits
+            and self._fits[step.view].weighed(step.size)
         )
 
     def skips(self, budget: str | float) -> list[Skip]:

@@ -108,7 +108,7 @@ def _descend(ladders: Sequence[Ladder], allowance: float, weigh: Weigh) -> list[
 def _climb(ladders: Sequence[Ladder], steps: list[int], allowance: float) -> None:
     """Raise ``steps`` while that saves more: one to any higher step; where none can be, one by one
     step while another goes down by one."""
-    while True:
+    while any(steps):
         totals = _totals(ladders, steps)
         ups = [
             _moves(ladder, step, range(step)) for ladder, step in zip(ladders, steps, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,23 @@ def test_a_larger_budget_never_saves_less() -> None:
     ]
     totals = [sum(row) for row in sizes]
     assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("budget", [1.01, 1.5, 2.0, 99.0])
+@pytest.mark.parametrize("basis", ["pivot", "window"])
+def test_the_same_plan_where_nobody_is_told_of_alternatives(budget: float, basis: str) -> None:
+    model = Attention(head_dim=16, embed=48)
+    told, untold = (
+        plan(model, noise_budget=budget, basis=basis, alternatives=wanted)
+        for wanted in (True, False)
+    )
+    assert [replace(site, alternatives=()) for site in untold.sites] == [
+        replace(site, alternatives=()) for site in told.sites
+    ]
+    assert untold.skips == told.skips
+    assert all(site.alternatives for site in told.sites)
+    if budget == 99.0:  # then the first step is taken everywhere, and no other is weighed
+        assert [site.alternatives for site in untold.sites] == [(), ()]
 
 
 @pytest.mark.parametrize(("size", "expected"), [("full", D), (0.5, D // 2), (1e-6, 1)])
