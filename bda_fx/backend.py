@@ -27,8 +27,11 @@ from bda_fx.options import OptionError, Options
 from bda_fx.passes.canonicalize import canonicalize_dynamo
 from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
 from bda_fx.passes.forms import Form
+from bda_fx.passes.read_weights import all_finite
 from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.pause_collector import collector_paused
 from bda_fx.pipeline import Outcome, StepError, step, transform
+from bda_fx.prepare_inductor import inductor_prepared
 from bda_fx.profitability import Offer, offer_aten
 from bda_fx.report import report_of
 from bda_fx.rewrite_cache import RewriteCache
@@ -37,6 +40,7 @@ log = logging.getLogger("bda_fx")
 Compiled = Callable[..., Any]
 
 
+@collector_paused()
 def bda_backend(
     module: fx.GraphModule,
     example_inputs: list[Any],
@@ -69,8 +73,10 @@ def bda_backend(
         return inner(module, example_inputs)
     before = Snapshot.of(example_inputs)
     try:
-        outcome, inputs = _rewrite(module, example_inputs, chosen, mode)
-        log.info("%s", report_of(outcome.plan))
+        with inductor_prepared(chosen.inner == "inductor" and _on_cpu(example_inputs)):
+            outcome, inputs = _rewrite(module, example_inputs, chosen, mode)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
         if not outcome.plan.sites:
@@ -196,7 +202,7 @@ def _derivation(
         return derived
 
     def derive(values: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
-        if not all(value.isfinite().all() for value in values.values()):
+        if not all(map(all_finite, values.values())):
             return None
         transformed = transform_weights(plan, values, use_planned_rows=False)
         if not transformed.usable or not plan.allows(transformed.noise):
@@ -226,6 +232,10 @@ class _Original:
     def settings(self) -> dict[str, Any]:
         takes_options = self.options.inner in ("inductor", "torch_tensorrt")
         return {"options": dict(self.options.inner_options)} if takes_options else {}
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.device.type == "cpu" for x in inputs)
 
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:

@@ -304,7 +304,9 @@ def composite_attention() -> Iterator[None]:
 
 
 def _decompositions() -> dict[Any, Any]:
-    table = torch.export.default_decompositions()
+    known = torch.export.default_decompositions()
+    # The dict in it, where it is one that looks for ops of all other namespaces when it is read.
+    table: dict[Any, Any] = getattr(known, "decomp_table", known)
     picked = {}
     for name in COMPOSITES:
         packet = getattr(torch.ops.aten, name)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from bda_fx.kept_files import kept_files
+from bda_fx.prepare_inductor import wait_for_inductor
 
 log = logging.getLogger("bda_fx")
 SOURCE = Path(__file__).with_name("basis_projection.cpp")
@@ -42,6 +43,7 @@ def kernel_loaded() -> bool:
 
 @functools.cache
 def _load() -> bool:
+    wait_for_inductor()
     try:
         torch.ops.load_library(build_kernel())
     except Exception as error:  # a missing compiler, a full disk, a read-only cache: all the same
