@@ -3,7 +3,7 @@
 Float64 would take most of the time of an estimate: products in it take twice those in float32, and
 all weights are widened. So a linear is computed for one in six of its features. Half of these are
 the ones with most energy, which may have most of the noise; of the others it is every k-th in order
-of energy, which counts for k. That moves shares by up to five per cent, where other inputs made up
+of energy, which counts for k. That moves shares by up to four per cent, where other inputs made up
 alike move them by twenty.
 """
 
