@@ -35,7 +35,7 @@ _HOME = {
     "OptionError": "options",
     "Report": "report",
     "SiteReport": "report",
-    "StepError": "pipeline",
+    "StepError": "outcome",
     "bda_backend": "backend",
     "CacheConflict": "cache_bases",
     "invalidate": "derived_weights",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from bda_fx.importers.op_table import OnnxImportError as OnnxImportError
     from bda_fx.options import OptionError as OptionError
     from bda_fx.options import Options as Options
-    from bda_fx.pipeline import StepError as StepError
+    from bda_fx.outcome import StepError as StepError
     from bda_fx.report import Report as Report
     from bda_fx.report import SiteReport as SiteReport
 

@@ -14,8 +14,9 @@ from bda_fx.assemble_program import assemble_program, constant_bytes
 from bda_fx.estimate_shares import Example
 from bda_fx.generate_inputs import Inputs
 from bda_fx.options import Options
+from bda_fx.outcome import step
 from bda_fx.passes.canonicalize import Program, canonicalize_exported, composite_attention
-from bda_fx.pipeline import find_and_plan, step, transform
+from bda_fx.pipeline import find_and_plan, transform
 from bda_fx.report import Report, report_of
 
 Calibration = Sequence[Inputs | tuple[tuple[Any, ...], dict[str, Any], str | Tensor | None]]

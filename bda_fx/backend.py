@@ -19,21 +19,12 @@ from torch import Tensor, fx, nn
 
 from bda_fx.cache_bases import agree, bases_of
 from bda_fx.derived_weights import DerivedWeights, Snapshot
-from bda_fx.freed_memory import return_free_memory_now
 from bda_fx.kernels import basis_projection_cuda
-from bda_fx.kernels.packed_projection import serves
 from bda_fx.kernels.source_key import kernel_source_key
 from bda_fx.options import OptionError, Options
-from bda_fx.passes.canonicalize import canonicalize_dynamo
-from bda_fx.passes.emit_projection import ChooseSpelling, Spelling, always_aten
-from bda_fx.passes.forms import Form
-from bda_fx.passes.read_weights import all_finite
-from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.outcome import Outcome, StepError, step
 from bda_fx.pause_collector import collector_paused
-from bda_fx.pipeline import Outcome, StepError, step, transform
 from bda_fx.prepare_inductor import inductor_prepared
-from bda_fx.profitability import Offer, offer_aten
-from bda_fx.report import report_of
 from bda_fx.rewrite_cache import RewriteCache
 
 log = logging.getLogger("bda_fx")
@@ -76,6 +67,8 @@ def bda_backend(
         with inductor_prepared(chosen.inner == "inductor" and _on_cpu(example_inputs)):
             outcome, inputs = _rewrite(module, example_inputs, chosen, mode)
         if log.isEnabledFor(logging.INFO):
+            from bda_fx.report import report_of
+
             log.info("%s", report_of(outcome.plan))
         bases = bases_of(outcome.plan, outcome.roots)
         agree(bases, dict(zip(inputs, example_inputs, strict=True)))
@@ -97,23 +90,17 @@ def _rewrite(
     module: fx.GraphModule, example_inputs: list[Any], options: Options, mode: str | None
 ) -> tuple[Outcome, list[str]]:
     """The rewritten graph and the names of the original's inputs, from the cache if it is there."""
-    cache = None
+    cache, patches = None, {}
     if options.inner == "inductor":  # others keep nothing either
-        cache = RewriteCache.of(module, example_inputs, options, _patches(options, mode))
+        patches = _patches(options, mode)
+        cache = RewriteCache.of(module, example_inputs, options, patches)
     known = None if cache is None else cache.restore()
     if known is not None:
         return known
-    with step("canonicalize"):
-        program = canonicalize_dynamo(module, example_inputs)
-    inputs = [node.name for node in program.graph.find_nodes(op="placeholder")]
-    outcome = transform(
-        program,
-        options,
-        fixed_rows=False,
-        spelling=_spelling(options, mode),
-        offer=_offer(options),
-    )
-    return_free_memory_now()
+    # Half a second of imports, which a process that finds everything in its caches does not need.
+    from bda_fx.rewrite_dynamo import rewrite_dynamo
+
+    outcome, inputs = rewrite_dynamo(module, example_inputs, options, patches)
     return outcome if cache is None else cache.store(outcome, inputs), inputs
 
 
@@ -190,26 +177,19 @@ def _derivation(
     outcome: Outcome, bases: Mapping[str, Any]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...] | None]:
     """From one module's parameters to the derived inputs, or None where they are unfit."""
+    # Not the outcome as a whole, which holds the weights derived of the first parameters.
     plan, constants, computed = outcome.plan, outcome.constants, outcome.computed
     assert constants is not None
     fixed = {key: outcome.tensors[key] for key in outcome.fixed}
     order = tuple(outcome.inputs)
 
     def compute(parameters: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        by_root = dict(zip(constants.roots, parameters, strict=True))
-        derived = derive(constants.evaluate(by_root))
-        agree(bases if derived else dict.fromkeys(bases, ()), by_root)
-        return derived
+        from bda_fx.rewrite_dynamo import derive
 
-    def derive(values: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
-        if not all(map(all_finite, values.values())):
-            return None
-        transformed = transform_weights(plan, values, use_planned_rows=False)
-        if not transformed.usable or not plan.allows(transformed.noise):
-            return None
-        tensors = {**transformed.tensors, **fixed}
-        tensors.update({key: make(tensors) for key, make in computed.items()})
-        return tuple(tensors[key] for key in order)
+        by_root = dict(zip(constants.roots, parameters, strict=True))
+        derived = derive(plan, constants.evaluate(by_root), fixed, computed)
+        agree(bases if derived is not None else dict.fromkeys(bases, ()), by_root)
+        return None if derived is None else tuple(derived[key] for key in order)
 
     return compute
 
@@ -240,38 +220,6 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 
 def _on_cuda(inputs: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
-
-
-def _spelling(options: Options, mode: str | None) -> ChooseSpelling:
-    """The operator where a kernel serves it and the inner compiler is Inductor; else plain ATen.
-
-    On CUDA, where the kernel may be slower, only if max-autotune will weigh it against ATen.
-    """
-    if options.inner != "inductor":
-        return always_aten
-    patches = _patches(options, mode)
-
-    def choose(x: Tensor, form: Form, piece: int) -> Spelling:
-        if x.device.type == "cuda":
-            tuned = any(map(patches.get, ("max_autotune", "max_autotune_gemm")))
-            served = basis_projection_cuda.serves(x.device, x.dtype)
-            return "operator" if tuned and served else "aten"
-        return "packed" if serves(x.device, x.dtype) else "aten"
-
-    return choose
-
-
-def _offer(options: Options) -> Offer:
-    """The spellings that are weighed against each other and the original."""
-    if options.inner != "inductor":
-        return offer_aten
-
-    def offer(x: Tensor) -> Sequence[Spelling]:
-        if basis_projection_cuda.serves(x.device, x.dtype):
-            return "operator", "aten"
-        return ("packed", "aten") if serves(x.device, x.dtype) else ("aten",)
-
-    return offer
 
 
 def _inner_compiler(

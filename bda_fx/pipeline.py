@@ -4,31 +4,26 @@
                  → transform weights → rewrite graph → restore spellings → renew values
                  → check graph
 
-Each step is one pass in ``bda_fx.passes``. A step that fails raises :class:`StepError`, which names
-it; the backend turns that into a fall-back, ``rewrite`` into an error.
+Each step is one pass in ``bda_fx.passes``. A step that fails raises
+:class:`~bda_fx.outcome.StepError`, which names it; the backend turns that into a fall-back,
+``rewrite`` into an error.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from bda_fx.cache_bases import CacheConflict
 from bda_fx.estimate_shares import Example, estimate_shares
 from bda_fx.options import Options
+from bda_fx.outcome import Outcome, step
 from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.check_graph import check_graph
-from bda_fx.passes.derived_inputs import Computed
 from bda_fx.passes.emit_projection import ChooseSpelling, always_aten
 from bda_fx.passes.find_folds import find_folds
 from bda_fx.passes.find_sites import find_sites
 from bda_fx.passes.normalize_linears import normalize_linears, restore_spellings
 from bda_fx.passes.plan_sites import Planning, plan_sites
-from bda_fx.passes.read_weights import Constants, constants_of, extract_constants
+from bda_fx.passes.read_weights import constants_of, extract_constants
 from bda_fx.passes.renew_values import renew_values
 from bda_fx.passes.rewrite_graph import rewrite_graph
 from bda_fx.passes.sites import Plan
@@ -38,58 +33,6 @@ from bda_fx.profitability import Offer, choose_forms, offer_aten, spelling_of
 REUSE = 0.8
 """Part of the budget's allowance that is spent where one graph will serve modules with other
 weights, which may be noisier on the same sizes."""
-
-on_step: ContextVar[Callable[[str], None] | None] = ContextVar("on_step", default=None)
-"""Called with the name of each step as it begins, for those who show progress."""
-
-
-class StepError(RuntimeError):
-    """A pipeline step failed. ``step`` is its name; the cause is chained."""
-
-    def __init__(self, step: str, error: Exception) -> None:
-        super().__init__(f"bda_fx: {step} failed: {type(error).__name__}: {error}")
-        self.step = step
-
-
-@dataclass
-class Outcome:
-    """A rewritten program (or the original, where ``plan.sites`` is empty)."""
-
-    program: Program
-    plan: Plan
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Derived tensors that the new graph reads, by key."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Key → placeholder, in order, in front of the original placeholders."""
-    fixed: frozenset[str] = frozenset()
-    """Keys of tensors that depend on the plan alone, not on the weights."""
-    constants: Constants | None = None
-    """How the weights that the plan reads follow from the original placeholders."""
-    computed: dict[str, Computed] = field(default_factory=dict)
-    """How tensors that are made of other derived ones follow from these (packed weights)."""
-    roots: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Placeholders of each linear weight, where caches are opaque."""
-    fit: bool = False
-    """Whether the weights that were planned for are exact, in range and within the budget."""
-
-
-@contextlib.contextmanager
-def step(name: str) -> Iterator[None]:
-    """Name the pipeline step that an error came from."""
-    watch = on_step.get()
-    if watch is not None:
-        watch(name)
-    try:
-        yield
-    except StepError:
-        raise
-    except Exception as error:
-        from torch._dynamo.exc import RestartAnalysis
-
-        # Dynamo will trace once more; a conflict must not end in a fall-back.
-        if isinstance(error, RestartAnalysis | CacheConflict):
-            raise
-        raise StepError(name, error) from error
 
 
 def find_and_plan(

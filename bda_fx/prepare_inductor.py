@@ -10,6 +10,7 @@ a thread does it beside our own analysis.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import threading
 from collections.abc import Iterator
@@ -55,5 +56,9 @@ def _begin() -> None:
 
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=prepare, name="bda_fx: Inductor", daemon=True)
+            # Inductor's options are variables of a context: the thread sees those of its caller.
+            within = contextvars.copy_context().run
+            _thread = threading.Thread(
+                target=within, args=(prepare,), name="bda_fx: Inductor", daemon=True
+            )
             _thread.start()

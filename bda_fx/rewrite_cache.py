@@ -32,8 +32,8 @@ from bda_fx.hash_graph import guards_of, hash_graph, values_of
 from bda_fx.kept_files import kept_files, replacing
 from bda_fx.kernels.packed_projection import packed_projection, packed_projection_by_tokens, serves
 from bda_fx.options import Options
+from bda_fx.outcome import Outcome
 from bda_fx.passes.canonicalize import Program
-from bda_fx.pipeline import Outcome
 
 log = logging.getLogger("bda_fx")
 MOST_BYTES = 4 << 30

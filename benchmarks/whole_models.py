@@ -195,17 +195,18 @@ def cases(quick: bool) -> list[Case]:
 def plans_of(call: Callable[[], Any]) -> list[Plan]:
     """The plans of all graphs that a first call compiles."""
     found: list[Plan] = []
-    original = backend.report_of
+    original = backend._rewrite
 
-    def note(plan: Plan, *args: Any, **kwargs: Any) -> Any:
-        found.append(plan)
-        return original(plan, *args, **kwargs)
+    def note(*args: Any) -> Any:
+        outcome, inputs = original(*args)
+        found.append(outcome.plan)
+        return outcome, inputs
 
-    backend.report_of = note
+    backend._rewrite = note
     try:
         call()
     finally:
-        backend.report_of = original
+        backend._rewrite = original
     return found
 
 

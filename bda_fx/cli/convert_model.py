@@ -29,7 +29,7 @@ from bda_fx.exporters.place_output import check_destination, place_output
 from bda_fx.exporters.write_evidence import write_evidence
 from bda_fx.freed_memory import return_freed_memory
 from bda_fx.options import Options
-from bda_fx.pipeline import on_step
+from bda_fx.outcome import on_step
 
 STEPS = 11
 """Steps of the pipeline, with the export: what the bar counts to."""

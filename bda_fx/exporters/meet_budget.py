@@ -33,8 +33,8 @@ from bda_fx.api import Calibration
 from bda_fx.exporters.exported import ExportError
 from bda_fx.exporters.rewrite_pair import Pair
 from bda_fx.fidelity_report import Fidelity
+from bda_fx.outcome import on_step
 from bda_fx.passes.plan_sites import CHANCE
-from bda_fx.pipeline import on_step
 
 PLANS = 6
 """Most plans until one passes, with the first one and the one for no excess."""

@@ -89,7 +89,7 @@ def test_a_larger_plan_is_sought_where_the_measurements_point() -> None:
 
 
 def test_progress_tells_each_plan() -> None:
-    from bda_fx.pipeline import on_step
+    from bda_fx.outcome import on_step
 
     heard: list[str] = []
     pair = pair_for()

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 import bda_fx
 import bda_fx.backend as backend
 import bda_fx.pipeline as pipeline
+import bda_fx.rewrite_dynamo as rewrite_dynamo
 from tests import tolerances
 from tests.programs import Attention as SmallAttention
 from tests.programs import example as small_example
@@ -274,13 +275,13 @@ class TestNeverStale:
     def test_unchanged_weights_are_derived_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those of the example while it is compiled, those of another module at its first call."""
         calls = []
-        transform = backend.transform_weights
+        transform = rewrite_dynamo.transform_weights
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             calls.append(args)
             return transform(*args, **kwargs)
 
-        monkeypatch.setattr(backend, "transform_weights", counted)
+        monkeypatch.setattr(rewrite_dynamo, "transform_weights", counted)
         for seed, derived_anew in ((0, 0), (1, 1)):
             model = Attention(seed)
             fast = compiled(model)
@@ -510,7 +511,7 @@ class TestPrograms:
 
 
 STEPS = [
-    (backend, "canonicalize_dynamo", "canonicalize"),
+    (rewrite_dynamo, "canonicalize_dynamo", "canonicalize"),
     (pipeline, "normalize_linears", "normalize linears"),
     (pipeline, "find_sites", "find sites"),
     (pipeline, "find_folds", "find folds"),
@@ -584,7 +585,7 @@ def test_failure_at_a_call_runs_the_original(
     fast = compiled(model)
     with torch.no_grad():
         fast(x)
-        monkeypatch.setattr(backend, "transform_weights", fail)
+        monkeypatch.setattr(rewrite_dynamo, "transform_weights", fail)
         model.k.weight.mul_(1.5)
         with pytest.warns(UserWarning, match="bda_fx: transform weights failed: ZeroDivisionError"):
             assert torch.equal(fast(x), model(x))
@@ -596,7 +597,7 @@ def test_failure_at_a_call_raises_when_strict(monkeypatch: pytest.MonkeyPatch) -
     fast = compiled(model, {**EAGER, "strict": True})
     with torch.no_grad():
         fast(x)
-        monkeypatch.setattr(backend, "transform_weights", fail)
+        monkeypatch.setattr(rewrite_dynamo, "transform_weights", fail)
         model.k.weight.mul_(1.5)
         with pytest.raises(bda_fx.StepError, match="transform weights failed"):
             fast(x)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import bda_fx
 from bda_fx import backend
-from bda_fx.report import Report
+from bda_fx.report import Report, report_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,12 +93,13 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
     """The reports of all graphs that are compiled."""
     found: list[Report] = []
 
-    def note(*args: Any, **kwargs: Any) -> Report:
-        found.append(report_of(*args, **kwargs))
-        return found[-1]
+    def note(*args: Any) -> Any:
+        outcome, inputs = rewrite(*args)
+        found.append(report_of(outcome.plan))
+        return outcome, inputs
 
-    report_of = backend.report_of
-    monkeypatch.setattr(backend, "report_of", note)
+    rewrite = backend._rewrite
+    monkeypatch.setattr(backend, "_rewrite", note)
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()

@@ -22,6 +22,9 @@ LAZY = {
     "triton",
 }
 
+# What a process whose caches hold everything does without: near half a second of imports.
+PLANNER = {"pipeline", "rewrite_dynamo", "report", "passes.plan_sites", "passes.transform_weights"}
+
 MEASURE = """
 import json, sys, time
 import torch
@@ -36,6 +39,15 @@ print(json.dumps({
     "device": torch.cuda.is_initialized(),
 }))
 """
+
+
+def test_the_backend_imports_no_planner() -> None:
+    code = "import sys, bda_fx.backend; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "bda_fx.rewrite_cache" in loaded  # negative control: names are like these
+    assert not {f"bda_fx.{name}" for name in PLANNER} & loaded
 
 
 def test_import_is_cheap_and_initialises_no_device() -> None:

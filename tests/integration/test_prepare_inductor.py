@@ -62,6 +62,7 @@ def test_inductor_is_prepared_once_by_a_thread(
 
     def isa() -> None:
         assert go.wait(10)
+        assert torch._inductor.config.cpp.vec_isa_ok is False  # the caller's options
         asked.append(f"isa {threading.current_thread() is threading.main_thread()}")
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", isa)
@@ -69,7 +70,8 @@ def test_inductor_is_prepared_once_by_a_thread(
     with inductor_prepared(False):
         pass
     assert module._thread is None
-    with inductor_prepared(True):
+    options = torch._inductor.config.patch({"cpp.vec_isa_ok": False})
+    with options, inductor_prepared(True):
         assert not asked  # the block goes on meanwhile
         go.set()
     assert asked == ["isa False", "key"]

@@ -186,17 +186,17 @@ def test_compiled_without_a_rule_is_left_as_it_is(monkeypatch: pytest.MonkeyPatc
 
 def _plans(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The products that each compiled graph has rewritten."""
-    import bda_fx.backend as backend
+    import bda_fx.rewrite_dynamo as rewrite_dynamo
 
     found: list[list[str]] = []
-    transform = backend.transform
+    transform = rewrite_dynamo.transform
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         outcome = transform(*args, **kwargs)
         found.append(sorted(item.site.product for item in outcome.plan.sites))
         return outcome
 
-    monkeypatch.setattr(backend, "transform", noting)
+    monkeypatch.setattr(rewrite_dynamo, "transform", noting)
     return found
 
 

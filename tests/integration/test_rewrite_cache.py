@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import bda_fx.backend as backend
 import bda_fx.hash_graph as hash_graph
 import bda_fx.rewrite_cache as rewrite_cache
-from bda_fx.pipeline import on_step
+import bda_fx.rewrite_dynamo as rewrite_dynamo
+from bda_fx.outcome import on_step
 from tests.programs import Attention as SmallAttention
 from tests.programs import B, E, S, assert_close, randn, seeded
 from tests.tolerances import FLOAT32_MODEL
@@ -48,7 +49,7 @@ def no_kept_rewrites() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of the files; Inductor's place is taken by eager execution, which compiles
     nothing."""
-    backend.serves(torch.device("cpu"), torch.float32)  # the kernel is not built anew
+    rewrite_dynamo.serves(torch.device("cpu"), torch.float32)  # the kernel is not built anew
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
         backend, "_inner_compiler", lambda *_, **__: lambda module, _: module.forward
@@ -120,7 +121,7 @@ def test_latent_attention_with_gathers_folded(cache: Path, planned: Callable[[],
 def test_plain_aten_comes_back(
     cache: Path, planned: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "serves", lambda *_: False)
+    monkeypatch.setattr(rewrite_dynamo, "serves", lambda *_: False)
     first = run(Block(), x())
     assert planned()
     assert torch.equal(run(Block(), x()), first)
@@ -132,7 +133,7 @@ def test_a_kernel_that_is_gone_is_not_asked_for(
 ) -> None:
     run(Block(), x())
     planned()
-    for module in (backend, rewrite_cache):
+    for module in (rewrite_dynamo, rewrite_cache):
         monkeypatch.setattr(module, "serves", lambda *_: False)
     run(Block(), x())
     assert planned()
@@ -210,14 +211,14 @@ def test_what_holds_for_some_sizes_only_is_not_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass that asks about a size adds a guard that another process would not have."""
-    original = backend.canonicalize_dynamo
+    original = rewrite_dynamo.canonicalize_dynamo
 
     def asking(module: Any, inputs: list[Any]) -> Any:
         (size,) = [v for v in hash_graph.values_of(module, inputs) if isinstance(v, torch.SymInt)]
         assert size % 5 == 0
         return original(module, inputs)
 
-    monkeypatch.setattr(backend, "canonicalize_dynamo", asking)
+    monkeypatch.setattr(rewrite_dynamo, "canonicalize_dynamo", asking)
     torch._dynamo.reset()
     inputs = x()
     torch._dynamo.mark_dynamic(inputs, 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import bda_fx
 import bda_fx.backend as backend
+import bda_fx.rewrite_dynamo as rewrite_dynamo
 from bda_fx.assemble_program import assemble_program
 from bda_fx.passes.canonicalize import canonicalize_module
 from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
@@ -39,14 +40,14 @@ def _fresh() -> Iterator[None]:
 def targets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the ops of every graph that the backend rewrites."""
     called: list[str] = []
-    original = backend.transform
+    original = rewrite_dynamo.transform
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         outcome = original(*args, **kwargs)
         called.extend(str(node.target) for node in outcome.program.graph.nodes)
         return outcome
 
-    monkeypatch.setattr(backend, "transform", recorded)
+    monkeypatch.setattr(rewrite_dynamo, "transform", recorded)
     return called
 
 
@@ -117,9 +118,8 @@ def test_exported_programs_hold_aten() -> None:
 def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
     """The spelling is chosen for each piece: here one operator, one of each kind."""
     kinds: Iterator[Spelling] = iter(["operator", "aten"])
-    monkeypatch.setattr(
-        backend, "_spelling", lambda options, mode: lambda x, form, piece: next(kinds)
-    )
+    choose = lambda x, form, piece: next(kinds)  # noqa: E731
+    monkeypatch.setattr(rewrite_dynamo, "spelling_for", lambda options, patches: choose)
     model, x = layer(), inputs()
     assert_close(run(model, x), model, x)
     assert targets.count("bda_fx.basis_projection.default") == 1
@@ -133,7 +133,8 @@ def test_dense_in_the_same_basis(
     spelling: Spelling, monkeypatch: pytest.MonkeyPatch, targets: list[str]
 ) -> None:
     """One graph, in a range of tokens, between two, and beyond them."""
-    monkeypatch.setattr(backend, "_spelling", lambda options, mode: lambda x, form, piece: spelling)
+    choose = lambda x, form, piece: spelling  # noqa: E731
+    monkeypatch.setattr(rewrite_dynamo, "spelling_for", lambda options, patches: choose)
     model = layer()
     compiled = torch.compile(model, backend="bda", options=OPTIONS, dynamic=True)
     for tokens in (2, 7, 10, 30):
@@ -243,7 +244,7 @@ import json, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder
-from bda_fx.pipeline import on_step
+from bda_fx.outcome import on_step
 from tests.kernels.test_inductor import OPTIONS, Wide, inputs, layer
 
 built, original, steps = [], CppBuilder.build, []
@@ -502,8 +503,7 @@ def test_on_cuda_aten_unless_max_autotune_weighs_it(monkeypatch: pytest.MonkeyPa
         x = torch.empty(2, 8, device="cuda")
     form: Any = None
     options = bda_fx.Options()
-    assert backend._spelling(options, None)(x, form, 0) == "aten"
-    assert backend._spelling(options, "max-autotune")(x, form, 0) == "operator"
-    tuned = bda_fx.Options(inner_options={"max_autotune_gemm": True})
-    assert backend._spelling(tuned, None)(x, form, 0) == "operator"
-    assert backend._offer(options)(x) == ("operator", "aten")
+    assert rewrite_dynamo.spelling_for(options, {})(x, form, 0) == "aten"
+    for patches in (backend._patches(options, "max-autotune"), {"max_autotune_gemm": True}):
+        assert rewrite_dynamo.spelling_for(options, patches)(x, form, 0) == "operator"
+    assert rewrite_dynamo.offer_for(options)(x) == ("operator", "aten")
