@@ -154,10 +154,12 @@ def main() -> None:
         raise SystemExit("never_slower.py: there is no kernel to measure (see the warning)")
     shapes = [s for s in SHAPES if not chosen.only or s.name in chosen.only]
     plan = list(
-        itertools.product(sorted(set(chosen.threads)), DTYPES, shapes, SIZES.values(), TOKENS)
+        itertools.product(
+            sorted(set(chosen.threads)), DTYPES.values(), shapes, SIZES.values(), TOKENS
+        )
     )
     if chosen.quick:
-        plan = list(itertools.product([1], DTYPES, SHAPES[5:6], [1.0], [1, 128]))
+        plan = list(itertools.product([1], DTYPES.values(), SHAPES[5:6], [1.0], [1, 128]))
     cells = []
     for threads, dtype, shape, fraction, tokens in plan:
         torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """One decomposed projection by itself, beside the limit that its FLOPs set: 1 / (1 - r / E).
 
-    python benchmarks/projection.py [--quick] [--threads 1 2] [--only NAME …]
+    python benchmarks/projection.py [--quick] [--threads 1 2] [--dtypes float32] [--only NAME …]
 
 Every cell is a shape of public models × tokens × type × threads. In it all candidates take turns
 within one process, for the same weights and inputs:
@@ -74,7 +74,7 @@ SHAPES = [
     Shape("SD-1.5 cross-attention", 768, 8, 160),
 ]
 TOKENS = (1, 4, 16, 128, 1024, 4096)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ORIGINALS = ("eager", "oneDNN, prepacked", "Inductor, frozen")
 SIZES = {"D": 1.0, "7/8 D": 7 / 8}
 SEED = 0
@@ -277,13 +277,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small cells: shows that it runs")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(DTYPES),
+        default=list(DTYPES),
+        help="without a 16-bit dot product in the CPU, originals in bfloat16 take 9 s a call",
+    )
     parser.add_argument("--only", nargs="+", help="names of shapes; leaves the results as they are")
     chosen = parser.parse_args()
     keep_freed_memory()
     if not serves(torch.device("cpu"), torch.float32):
         raise SystemExit("projection.py: there is no kernel to measure (see the warning)")
     shapes = [s for s in SHAPES if not chosen.only or s.name in chosen.only]
-    plan = list(itertools.product(sorted(set(chosen.threads)), DTYPES, shapes, TOKENS))
+    dtypes = [DTYPES[name] for name in chosen.dtypes]
+    plan = list(itertools.product(sorted(set(chosen.threads)), dtypes, shapes, TOKENS))
     if chosen.quick:
         plan = [(1, torch.float32, SHAPES[5], 16), (1, torch.bfloat16, SHAPES[5], 16)]
     cells = []
