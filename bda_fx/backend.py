@@ -47,7 +47,7 @@ def bda_backend(
         StepError: with ``strict=True``, when a step of the pipeline fails.
     """
     chosen = Options.of(options)
-    on_cuda = chosen.inner == "inductor" and _on_cuda(example_inputs)
+    on_cuda = chosen.inner == "inductor" and _on("cuda", example_inputs)
     if on_cuda:
         basis_projection_cuda.offer_to_inductor()
     inner = _inner_compiler(chosen, mode, with_kernels=on_cuda)
@@ -64,7 +64,7 @@ def bda_backend(
         return inner(module, example_inputs)
     before = Snapshot.of(example_inputs)
     try:
-        with inductor_prepared(chosen.inner == "inductor" and _on_cpu(example_inputs)):
+        with inductor_prepared(chosen.inner == "inductor" and _on("cpu", example_inputs)):
             outcome, inputs = _rewrite(module, example_inputs, chosen, mode)
         if log.isEnabledFor(logging.INFO):
             from bda_fx.report import report_of
@@ -214,12 +214,8 @@ class _Original:
         return {"options": dict(self.options.inner_options)} if takes_options else {}
 
 
-def _on_cpu(inputs: Sequence[Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.device.type == "cpu" for x in inputs)
-
-
-def _on_cuda(inputs: Sequence[Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
+def _on(device: str, inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.device.type == device for x in inputs)
 
 
 def _inner_compiler(

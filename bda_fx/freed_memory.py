@@ -9,15 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Parameters of malloc.h."""
+
+
+def set_malloc_parameter(parameter: int, value: int) -> None:
+    """``mallopt`` for this process."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def return_freed_memory() -> None:
     """Give large blocks back as they are freed, from now on: half the weights of a model, in the
     end. Blocks from a megabyte on are mapped one by one, which costs a page fault for each 4 KiB at
     first touch; for a process of one's own."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    set_malloc_parameter(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def return_free_memory_now() -> None:

@@ -253,25 +253,23 @@ class _FactorMoments:
         self.uses: list[tuple[Tensor, Tensor]] = []  # of a weight that is used often
         self.passes = 0
         heads, dim = self.index.shape
-        first = int(self.index[0, 0])
-        self.in_order = torch.equal(
-            self.index.flatten(), torch.arange(first, first + self.index.numel())
-        )
+        self.first = int(self.index[0, 0])
+        in_order = torch.arange(self.first, self.first + self.index.numel())
+        self.in_order = torch.equal(self.index.flatten(), in_order)
         self.values, self.effects = torch.empty(2, heads, 0, dim)
         self.weight_effects, self.weight_effect = torch.zeros(2, heads, dim, dim).double()
         self.seen: list[tuple[Tensor, Tensor]] = []  # in the pass under way, as is weight_effect
 
     def add(self, values: Tensor, gradients: Tensor) -> None:
         """Values and gradients of the linear's outputs or inputs, [tokens, features]."""
-        both = self._heads(values), self._heads(gradients)
-        self.seen.append((both[0].float().cpu(), both[1].float().cpu()))
+        self.seen.append((self._heads(values).float().cpu(), self._heads(gradients).float().cpu()))
 
     def _heads(self, rows: Tensor) -> Tensor:
         """The heads [n, tokens, D] in [tokens, features]: a view where their features follow each
         other."""
         rows = rows.detach()
         if self.in_order:
-            part = rows.narrow(1, int(self.index[0, 0]), self.index.numel())
+            part = rows.narrow(1, self.first, self.index.numel())
             return part.unflatten(1, self.index.shape).transpose(0, 1)
         return rows[:, self.index.to(rows.device)].transpose(0, 1)
 

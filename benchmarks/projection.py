@@ -22,8 +22,6 @@ fastest original 0.90 in each cell and 0.95 in the geometric mean.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import itertools
 import math
 import statistics
@@ -37,6 +35,7 @@ from record import heading, markdown_table, provenance, write
 from torch import Tensor
 from torch.nn import functional as F
 
+from bda_fx.freed_memory import M_MMAP_MAX, M_TRIM_THRESHOLD, set_malloc_parameter
 from bda_fx.kernels.basis_projection import project_in_aten
 from bda_fx.kernels.packed_projection import pack, packed_projection, serves
 from bda_fx.measure_projection import prepacked_linear
@@ -82,11 +81,8 @@ SEED = 0
 
 def keep_freed_memory() -> None:
     """Have glibc take large blocks from its heap and give none back to the system."""
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+    set_malloc_parameter(M_MMAP_MAX, 0)
+    set_malloc_parameter(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compiled(function: Callable[..., Tensor], x: Tensor, **buffers: Tensor) -> Callable[[], Tensor]:

@@ -337,6 +337,10 @@ class Projection {
   using Wide = at::vec::Vectorized<float>;
   using Narrow = at::vec::Vectorized<T>;
 
+  // Whether rows of x, which become float32 anyway, become so first: only that is compressed.
+  static constexpr bool WIDENS = !std::is_same_v<T, float> && std::is_same_v<P, float> &&
+      compresses<float>() && !compresses<T>();
+
  public:
   Projection(
       const at::Tensor& x,
@@ -423,43 +427,44 @@ class Projection {
     if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
     P* rest = rest_in_place_ ? nullptr : buffers().rest.get<P>(block_ * rest_stride_);
     float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
-    const int64_t widest = std::max(rest_.count(), basis_.count());
-    T* row = buffers().row.get<T>(round_up<T>(widest) + lanes<T>());
-    // Where rows become float32 anyway and only these are compressed, they become so first.
-    const bool widened = !std::is_same_v<T, float> && std::is_same_v<P, float> && stride_ == 1 &&
-        compresses<float>() && !compresses<T>() && (rest_.masked() || basis_.masked());
     const int64_t width = rest_.count() + basis_.count();
+    T* picked = buffers().row.get<T>(round_up<T>(width) + lanes<T>());
+    const bool widened = WIDENS && stride_ == 1 && (rest_.masked() || basis_.masked());
     float* wide = widened ? buffers().wide.get<float>(width) : nullptr;
     const T* first = x_ + rows_.offset(block * block_);
     for (int64_t m = 0; m < tokens_of(block); ++m) {
-      const T* from = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
-      if (widened) at::vec::convert(from, wide, width);
-      if (!rest_in_place_) {
-        P* to = rest + m * rest_stride_;
-        if (widened) {
-          if constexpr (std::is_same_v<P, float>) rest_.pick(wide, 1, to);
-        } else {
-          pick(rest_, from, row, to);
-        }
-        // A row of coefficients is padded with zeros, which must not meet an infinity.
-        for (int64_t i = rest_.count(); i < inner_; ++i) to[i] = P(0);
-      }
-      if (!basis_in_place_) {
-        float* to = basis + m * basis_stride_;
-        widened ? basis_.pick(wide, 1, to) : pick(basis_, from, row, to);
+      const T* row = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
+      P* rest_row = rest_in_place_ ? nullptr : rest + m * rest_stride_;
+      float* basis_row = basis_in_place_ ? nullptr : basis + m * basis_stride_;
+      if (widened) {
+        at::vec::convert(row, wide, width);
+        split(wide, 1, static_cast<float*>(nullptr), rest_row, basis_row);
+      } else {
+        split(row, stride_, picked, rest_row, basis_row);
       }
     }
   }
 
-  template <typename U>
-  void pick(const Features& features, const T* from, T* row, U* to) const {
-    if constexpr (std::is_same_v<T, U>) {
-      features.pick(from, stride_, to);
-    } else if (stride_ == 1 && features.consecutive()) {
-      at::vec::convert(from + features.first(), to, features.count());
+  // x_R and x_B of one token, each where it is wanted. ``picked``: for features that are converted.
+  template <typename S>
+  void split(const S* row, int64_t stride, S* picked, P* rest, float* basis) const {
+    if (rest != nullptr) {
+      pick(rest_, row, stride, picked, rest);
+      // A row of coefficients is padded with zeros, which must not meet an infinity.
+      for (int64_t i = rest_.count(); i < inner_; ++i) rest[i] = P(0);
+    }
+    if (basis != nullptr) pick(basis_, row, stride, picked, basis);
+  }
+
+  template <typename S, typename U>
+  static void pick(const Features& features, const S* row, int64_t stride, S* picked, U* to) {
+    if constexpr (std::is_same_v<S, U>) {
+      features.pick(row, stride, to);
+    } else if (stride == 1 && features.consecutive()) {
+      at::vec::convert(row + features.first(), to, features.count());
     } else {
-      features.pick(from, stride_, row);
-      at::vec::convert(row, to, features.count());
+      features.pick(row, stride, picked);
+      at::vec::convert(picked, to, features.count());
     }
   }
 

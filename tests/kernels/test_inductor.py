@@ -115,11 +115,14 @@ def test_exported_programs_hold_aten() -> None:
     assert not [n for n in program.graph.nodes if str(n.target).startswith("bda_fx")]
 
 
+def spell(monkeypatch: pytest.MonkeyPatch, choose: ChooseSpelling) -> None:
+    monkeypatch.setattr(rewrite_dynamo, "spelling_for", lambda options, patches: choose)
+
+
 def test_plain_coefficients(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
     """The spelling is chosen for each piece: here one operator, one of each kind."""
     kinds: Iterator[Spelling] = iter(["operator", "aten"])
-    choose = lambda x, form, piece: next(kinds)  # noqa: E731
-    monkeypatch.setattr(rewrite_dynamo, "spelling_for", lambda options, patches: choose)
+    spell(monkeypatch, lambda x, form, piece: next(kinds))
     model, x = layer(), inputs()
     assert_close(run(model, x), model, x)
     assert targets.count("bda_fx.basis_projection.default") == 1
@@ -133,8 +136,7 @@ def test_dense_in_the_same_basis(
     spelling: Spelling, monkeypatch: pytest.MonkeyPatch, targets: list[str]
 ) -> None:
     """One graph, in a range of tokens, between two, and beyond them."""
-    choose = lambda x, form, piece: spelling  # noqa: E731
-    monkeypatch.setattr(rewrite_dynamo, "spelling_for", lambda options, patches: choose)
+    spell(monkeypatch, lambda x, form, piece: spelling)
     model = layer()
     compiled = torch.compile(model, backend="bda", options=OPTIONS, dynamic=True)
     for tokens in (2, 7, 10, 30):
@@ -470,7 +472,7 @@ def test_on_cuda_the_operator_is_offered_and_caches_are_keyed_by_the_kernels(
             return "the user's own"
 
     offered: list[None] = []
-    monkeypatch.setattr(backend, "_on_cuda", lambda inputs: True)
+    monkeypatch.setattr(backend, "_on", lambda device, inputs: device == "cuda")
     cuda = backend.basis_projection_cuda
     monkeypatch.setattr(cuda, "offer_to_inductor", lambda: offered.append(None))
     options = {"inner_options": {"post_grad_custom_post_pass": Own()}}
