@@ -3,45 +3,38 @@
 //   x [tokens, E], any strides     packed C: panels of W output features, [panels, K, W] or,
 //   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, W, 2]
 //
-// For each block of tokens: x_R is packed into rows A [M, K] and x_B into rows of float32, both from
-// one read of x (the features of an ascending order are compressed by mask, a vector at a time).
-// For each panel: oneDNN's brgemm multiplies A by the panel into sums [M, W] in float32, to which
-// spread(x_B) + b is added before they are rounded once into y (float32 is summed in y itself).
-// Threads share tokens × panels. Scratch memory belongs to the thread and is kept, so that a call
-// allocates its result alone.
+// For each block of tokens: x_R and x_B are packed into rows, both from one read of x (the features of
+// an ascending order are compressed by mask, a vector at a time), unless they can be read in place.
+// For each panel: a few rows of x_R at a time are multiplied by it into registers, to which
+// spread(x_B) + b is added before they are rounded once into y (``register_tile.h``). Threads share
+// tokens × panels. Scratch memory belongs to the thread and is kept, so that a call allocates its
+// result alone.
 //
-// Where brgemm has no kernel for a type on this CPU, blocks are multiplied in float32, by brgemm or,
-// without that, by ATen's addmm. All index arithmetic is in int64.
+// A CPU with a unit for 16-bit matrices multiplies these by oneDNN's brgemm, into sums in float32.
+// Where coefficients were packed for instructions that this CPU lacks, blocks are multiplied in
+// float32. All index arithmetic is in int64.
+
+#include "features.h"
+#include "register_tile.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
-#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <type_traits>
 #include <utility>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
@@ -50,19 +43,16 @@
 
 namespace {
 
+using namespace bda_fx;
 namespace blas = at::native::cpublas;
 
-// Outputs of a panel: four vectors of floats, as a register block of brgemm is wide. A wider panel is
-// read anew for each few rows, and from the L2 cache where it exceeds the L1 cache.
-constexpr int64_t PANEL = std::max<int64_t>(32, 4 * at::vec::Vectorized<float>::size());
-constexpr int64_t WIDEST = 64; // panel that is read: coefficients may come from another machine
-constexpr int64_t ALIGN = 64; // bytes of a cache line and of the widest vector
+constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
 constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
-constexpr int64_t TOKENS_MULTIPLE = 6; // rows of brgemm's register block with four vectors across
-constexpr int64_t BLOCK_BYTES = 256 << 10; // of A: with a panel and C it stays within an L2 cache
+constexpr int64_t BLOCK_BYTES = 256 << 10; // of x_R: with a panel it stays within an L2 cache
+static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0);
 
-// Products that are summed before they are added to what is there. For float32 short sums have small
-// errors, and their part of a panel stays in the L1 cache; rounding to 16 bits hides them anyway.
+// Products that are summed before they are added to what is there: sums of float32 are as near to
+// float64 as ATen's then; rounding to 16 bits hides their errors anyway.
 template <typename T>
 constexpr int64_t RUN = sizeof(T) == 4 ? 128 : 512;
 
@@ -115,188 +105,18 @@ Buffers& buffers() {
   return own;
 }
 
-// -- which features of x --------------------------------------------------------------------------
-
-template <typename T>
-constexpr int64_t lanes() { return ALIGN / static_cast<int64_t>(sizeof(T)); }
-
-// Whether this CPU compresses a vector of T by mask.
-template <typename T>
-constexpr bool compresses() {
-#if defined(__AVX2__)
-  if (sizeof(T) == 4) return true;
-#endif
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
-  if (sizeof(T) == 2) return true;
-#endif
-  return false;
-}
-
-// The places of the bits of each mask of eight, a byte each: AVX2 has no compression by mask, but
-// permutations.
-constexpr std::array<int64_t, 256> COMPRESSED = [] {
-  std::array<int64_t, 256> places{};
-  for (int64_t mask = 0; mask < 256; ++mask) {
-    for (int64_t bit = 0, at = 0; bit < 8; ++bit) {
-      if (mask >> bit & 1) places[mask] |= bit << 8 * at++;
-    }
-  }
-  return places;
-}();
-
-// Features of x in the order in which they are picked: ranges, a mask, or a list.
-class Features {
- public:
-  // The features [begin, end), which may be empty, for each of two ranges.
-  Features(int64_t a, int64_t b, int64_t c, int64_t d) : count_(b - a + d - c) {
-    ranges_ = {{{a, b}, {c, d}}};
-  }
-
-  Features(const int64_t* list, int64_t count, int64_t width) : list_(list), count_(count) {
-    bool ascending = true;
-    for (int64_t i = 0; i < count; ++i) {
-      TORCH_CHECK_INDEX(
-          0 <= list[i] && list[i] < width,
-          "basis_projection: order holds ", list[i], ", expected features from 0 to ", width - 1);
-      ascending &= i == 0 || list[i - 1] < list[i];
-    }
-    if (!ascending || count == 0) return;
-    if (list[count - 1] - list[0] == count - 1) {
-      ranges_ = {{{list[0], list[0] + count}, {0, 0}}};
-      list_ = nullptr;
-      return;
-    }
-    masks_.resize((width + 63) / 64, 0);
-    for (int64_t i = 0; i < count; ++i) masks_[list[i] / 64] |= uint64_t{1} << (list[i] % 64);
-    width_ = width;
-  }
-
-  int64_t count() const { return count_; }
-
-  // Whether the features are one range, which begins with the first one.
-  bool consecutive() const {
-    const auto& [one, two] = ranges_;
-    return list_ == nullptr && (one.first == one.second || two.first == two.second);
-  }
-
-  // Whether they are compressed by a mask, where the CPU can.
-  bool masked() const { return width_ > 0; }
-
-  int64_t first() const {
-    const auto& [one, two] = ranges_;
-    return one.first < one.second ? one.first : two.first;
-  }
-
-  // out[i] = row[feature i · stride]. May write up to a vector beyond the last one.
-  template <typename T>
-  void pick(const T* row, int64_t stride, T* out) const {
-    if (list_ == nullptr) {
-      for (const auto& [begin, end] : ranges_) {
-        if (stride == 1) {
-          std::memcpy(out, row + begin, (end - begin) * sizeof(T));
-        } else {
-          for (int64_t i = begin; i < end; ++i) out[i - begin] = row[i * stride];
-        }
-        out += end - begin;
-      }
-    } else if (compresses<T>() && stride == 1 && masked()) {
-      compress(row, out);
-    } else {
-      for (int64_t i = 0; i < count_; ++i) out[i] = row[list_[i] * stride];
-    }
-  }
-
- private:
-  template <typename T>
-  void compress(const T* row, T* out) const {
-#if defined(__AVX512F__)
-    constexpr int64_t step = lanes<T>();
-    for (int64_t at = 0; at < width_; at += step) {
-      const uint64_t all = ~uint64_t{0} >> (64 - std::min(step, width_ - at));
-      const uint64_t mask = (masks_[at / 64] >> (at % 64)) & all;
-      if constexpr (sizeof(T) == 4) {
-        const __m512i read = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(all), row + at);
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), read));
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
-      } else {
-        const __m512i read = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(all), row + at);
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(mask), read));
-#endif
-      }
-      out += std::popcount(mask);
-    }
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {
-      const int* from = reinterpret_cast<const int*>(row);
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      for (int64_t at = 0; at < width_; at += 8) {
-        const uint64_t mask = masks_[at / 64] >> (at % 64) & 0xff;
-        const __m256i left = _mm256_set1_epi32(static_cast<int>(std::min<int64_t>(width_ - at, 8)));
-        const __m256i read = _mm256_maskload_epi32(from + at, _mm256_cmpgt_epi32(left, lane));
-        const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(COMPRESSED[mask]));
-        _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(read, order));
-        out += std::popcount(mask);
-      }
-    }
-#endif
-  }
-
-  const int64_t* list_ = nullptr;
-  int64_t count_ = 0;
-  int64_t width_ = 0;
-  std::array<std::pair<int64_t, int64_t>, 2> ranges_{};
-  c10::SmallVector<uint64_t, 64> masks_; // of 4,096 features before it needs the heap
-};
-
-// Where the token m of x [*, E] begins.
-class Rows {
- public:
-  explicit Rows(const at::Tensor& x) {
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-      const int64_t size = x.size(i), stride = x.stride(i);
-      if (size == 1) continue;
-      if (!dims_.empty() && dims_.back().second == size * stride) {
-        dims_.back() = {dims_.back().first * size, stride};
-      } else {
-        dims_.emplace_back(size, stride);
-      }
-    }
-  }
-
-  // Elements from one token to the next where that is always the same, else 0. A lone token may
-  // have any: ``features``.
-  int64_t step(int64_t features) const {
-    if (dims_.empty()) return features;
-    return dims_.size() == 1 ? dims_[0].second : 0;
-  }
-
-  int64_t offset(int64_t token) const {
-    int64_t total = 0;
-    for (auto dim = dims_.rbegin(); dim != dims_.rend(); ++dim) {
-      total += token % dim->first * dim->second;
-      token /= dim->first;
-    }
-    return total;
-  }
-
- private:
-  c10::SmallVector<std::pair<int64_t, int64_t>, 5> dims_; // size, stride
-};
-
 // -- products -------------------------------------------------------------------------------------
 
 // Multiply two small matrices of integers by brgemm, which are exact in every type.
 template <typename T>
-bool multiplies(bool pairs) {
+bool multiplies_pairs() {
   constexpr int64_t m = 2, k = 4, n = 16;
   T a[m * k], b[k * n];
   float c[m * n], expected[m * n];
   for (int64_t i = 0; i < m * k; ++i) a[i] = static_cast<T>(static_cast<float>(i % 5 - 2));
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      b[pairs ? i / 2 * 2 * n + 2 * j + i % 2 : i * n + j] =
-          static_cast<T>(static_cast<float>((3 * i + j) % 7 - 3));
+      b[i / 2 * 2 * n + 2 * j + i % 2] = static_cast<T>(static_cast<float>((3 * i + j) % 7 - 3));
     }
   }
   for (int64_t i = 0; i < m; ++i) {
@@ -309,16 +129,16 @@ bool multiplies(bool pairs) {
   }
   std::fill_n(c, m * n, 1.0f);
   try {
-    blas::brgemm(m, n, k, k, n, n, true, a, b, c, pairs);
-    blas::brgemm_release(pairs);
+    blas::brgemm(m, n, k, k, n, n, true, a, b, c, true);
+    blas::brgemm_release(true);
   } catch (const c10::Error&) {
     return false;
   }
   return std::equal(c, c + m * n, expected);
 }
 
-// Whether brgemm has a kernel for T here, 16-bit types in pairs. PyTorch exports no such question,
-// so it is tried; where it would fall back to a plain loop, or oneDNN would emulate the type, no.
+// Whether brgemm has a kernel for pairs of T here. PyTorch exports no such question, so it is tried;
+// where it would fall back to a plain loop, or oneDNN would emulate the type, no.
 template <typename T>
 bool has_brgemm() {
   static const bool found = [] {
@@ -326,7 +146,7 @@ bool has_brgemm() {
     if (std::is_same_v<T, at::BFloat16> && !blas::could_pack(at::kBFloat16)) return false;
 #endif
     if (std::is_same_v<T, at::Half> && !blas::could_pack(at::kHalf)) return false;
-    return multiplies<T>(sizeof(T) == 2);
+    return multiplies_pairs<T>();
   }();
   return found;
 }
@@ -334,12 +154,11 @@ bool has_brgemm() {
 // One call: x of type T, multiplied in the type P of the packed coefficients.
 template <typename T, typename P>
 class Projection {
-  using Wide = at::vec::Vectorized<float>;
-  using Narrow = at::vec::Vectorized<T>;
-
   // Whether rows of x, which become float32 anyway, become so first: only that is compressed.
   static constexpr bool WIDENS = !std::is_same_v<T, float> && std::is_same_v<P, float> &&
       compresses<float>() && !compresses<T>();
+
+  using B = std::conditional_t<READS<T> && !WIDENS, T, float>; // of x_B when it is added
 
  public:
   Projection(
@@ -351,93 +170,108 @@ class Projection {
       at::IntArrayRef slots,
       at::Tensor& y)
       : x_(x.const_data_ptr<T>()),
+        width_(x.size(-1)),
         stride_(x.stride(-1)),
         rows_(x),
         packed_(packed.const_data_ptr<P>()),
         basis_(basis),
         rest_(rest),
         bias_(bias),
-        slots_(slots),
-        y_(y.mutable_data_ptr<T>()),
-        features_(y.size(-1)),
-        tokens_(features_ == 0 ? 0 : y.numel() / features_),
+        y_{y.mutable_data_ptr<T>(), y.size(-1)},
+        tokens_(y.numel() / y.size(-1)),
         pairs_(packed.dim() == 4),
         inner_(pairs_ ? 2 * packed.size(1) : packed.size(1)),
         panel_(packed.size(2)),
-        brgemm_(at::globalContext().userEnabledMkldnn() && has_brgemm<P>()) {
-    constexpr int64_t some = TOKENS_MULTIPLE;
+        period_(slots.size()),
+        brgemm_(!MULTIPLIES<P> && at::globalContext().userEnabledMkldnn() && has_brgemm<P>()) {
+    for (int64_t begin = 0, end = 0; begin < period_; begin = end) {
+      end = begin + 1;
+      if (slots[begin] < 0) continue;
+      while (end < period_ && slots[end] == slots[begin] + end - begin) ++end;
+      stretches_.push_back({begin, end, slots[begin]});
+    }
     const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
-    const int64_t most = std::clamp(BLOCK_BYTES / row / some * some, some, TOKENS);
+    const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / row / ROWS * ROWS, ROWS, TOKENS);
     const int64_t blocks = (tokens_ + most - 1) / most;
-    if (blocks > 0) block_ = ((tokens_ + blocks - 1) / blocks + some - 1) / some * some;
+    block_ = ((tokens_ + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
     const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
     run_ = round_up<P>((inner_ + runs - 1) / runs);
     // Compressed rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
-    basis_stride_ = round_up<float>(basis_.count()) + lanes<float>();
-    step_ = rows_.step(x.size(-1));
-    if (stride_ == 1 && step_ >= x.size(-1) && std::is_same_v<T, P>) {
-      rest_in_place_ = inner_ == rest_.count() && rest_.consecutive();
-      basis_in_place_ = std::is_same_v<T, float> && basis_.consecutive();
+    basis_stride_ = round_up<B>(basis_.count()) + lanes<B>();
+    step_ = rows_.step(width_);
+    if (stride_ == 1 && step_ >= width_) {
+      rest_in_place_ = std::is_same_v<T, P> && inner_ == rest_.count() && rest_.consecutive();
+      basis_in_place_ = std::is_same_v<T, B> && basis_.consecutive();
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
     }
   }
 
   void run() {
-    const int64_t panels = (features_ + panel_ - 1) / panel_;
+    const int64_t panels = (outputs() + panel_ - 1) / panel_;
     const int64_t blocks = (tokens_ + block_ - 1) / block_;
     share(blocks * panels, [&](int64_t begin, int64_t end) {
       int64_t gathered = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / panels, panel = task % panels;
-        if (gathered != block) gather(block);
+        const bool fresh = gathered != block;
+        if (fresh) gather(block);
         gathered = block;
-        multiply(block, panel);
+        multiply(block, panel, fresh);
       }
-      if (brgemm_) blas::brgemm_release(pairs_);
+      if (brgemm_) blas::brgemm_release(true);
     });
   }
 
  private:
+  struct Stretch {
+    int64_t begin, end, slot; // of the outputs of a head
+  };
+
   template <typename U>
   static int64_t round_up(int64_t count) {
     return (count + lanes<U>() - 1) / lanes<U>() * lanes<U>();
   }
 
+  int64_t outputs() const { return y_.stride; } // as y is contiguous
+
   int64_t tokens_of(int64_t block) const { return std::min(block_, tokens_ - block * block_); }
 
-  // Rows of x_R and of x_B in float32 for a block of tokens: x itself, or what ``gather`` packed.
-  const P* rest(int64_t block) const {
+  bool in_place() const { return rest_in_place_ && (basis_in_place_ || basis_.count() == 0); }
+
+  // Rows of x_R and of x_B for a block of tokens: x itself, or what ``gather`` packed.
+  Matrix<const P> rest(int64_t block) const {
     if constexpr (std::is_same_v<T, P>) {
-      if (rest_in_place_) return x_ + rows_.offset(block * block_) + rest_.first();
+      if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
     }
-    return buffers().rest.get<P>(block_ * rest_stride_);
+    return {buffers().rest.get<P>(block_ * rest_stride_), rest_stride_};
   }
 
-  const float* basis(int64_t block) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (basis_in_place_) return x_ + rows_.offset(block * block_) + basis_.first();
+  Matrix<const B> basis(int64_t block) const {
+    if constexpr (std::is_same_v<T, B>) {
+      if (basis_in_place_) {
+        return {x_ + rows_.offset(block * block_) + basis_.first(), basis_stride_};
+      }
     }
-    return buffers().basis.get<float>(block_ * basis_stride_);
+    return {buffers().basis.get<B>(block_ * basis_stride_), basis_stride_};
   }
 
   // x_R and x_B of a block of tokens, to the buffers of this thread.
   void gather(int64_t block) {
-    if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
+    if (in_place()) return;
     P* rest = rest_in_place_ ? nullptr : buffers().rest.get<P>(block_ * rest_stride_);
-    float* basis = basis_in_place_ ? nullptr : buffers().basis.get<float>(block_ * basis_stride_);
-    const int64_t width = rest_.count() + basis_.count();
-    T* picked = buffers().row.get<T>(round_up<T>(width) + lanes<T>());
+    B* basis = basis_in_place_ ? nullptr : buffers().basis.get<B>(block_ * basis_stride_);
+    T* picked = buffers().row.get<T>(round_up<T>(width_) + lanes<T>());
     const bool widened = WIDENS && stride_ == 1 && (rest_.masked() || basis_.masked());
-    float* wide = widened ? buffers().wide.get<float>(width) : nullptr;
+    float* wide = widened ? buffers().wide.get<float>(width_) : nullptr;
     const T* first = x_ + rows_.offset(block * block_);
     for (int64_t m = 0; m < tokens_of(block); ++m) {
       const T* row = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
       P* rest_row = rest_in_place_ ? nullptr : rest + m * rest_stride_;
-      float* basis_row = basis_in_place_ ? nullptr : basis + m * basis_stride_;
+      B* basis_row = basis_in_place_ ? nullptr : basis + m * basis_stride_;
       if (widened) {
-        at::vec::convert(row, wide, width);
+        at::vec::convert(row, wide, width_);
         split(wide, 1, static_cast<float*>(nullptr), rest_row, basis_row);
       } else {
         split(row, stride_, picked, rest_row, basis_row);
@@ -447,7 +281,7 @@ class Projection {
 
   // x_R and x_B of one token, each where it is wanted. ``picked``: for features that are converted.
   template <typename S>
-  void split(const S* row, int64_t stride, S* picked, P* rest, float* basis) const {
+  void split(const S* row, int64_t stride, S* picked, P* rest, B* basis) const {
     if (rest != nullptr) {
       pick(rest_, row, stride, picked, rest);
       // A row of coefficients is padded with zeros, which must not meet an infinity.
@@ -468,158 +302,109 @@ class Projection {
     }
   }
 
-  // The outputs of one panel for one block of tokens, from what was gathered.
-  void multiply(int64_t block, int64_t panel) const {
-    const int64_t m = tokens_of(block), first = panel * panel_;
-    const int64_t n = std::min(panel_, features_ - first);
-    T* y = y_ + block * block_ * features_ + first;
-    float* sums;
-    int64_t stride;
-    if constexpr (std::is_same_v<T, float>) {
-      sums = y;
-      stride = features_;
-    } else {
-      sums = buffers().sums.get<float>(block_ * panel_);
-      stride = panel_;
-    }
-    if (inner_ > 0) {
-      multiply(rest(block), m, n, packed_ + panel * inner_ * panel_, sums, stride);
-    } else {
-      for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * stride, n, 0.0f);
-    }
-    float bias[WIDEST] = {};
-    if (bias_ != nullptr) at::vec::convert(bias_ + first, bias, n);
-    const float* features = basis(block);
-    const int64_t width = slots_.size();
-    for (int64_t begin = 0, end = 0; begin < n; begin = end) {
-      const int64_t slot = slots_[(first + begin) % width];
-      const int64_t step = slot < 0 ? 0 : 1; // a stretch of consecutive slots, or of none
-      for (end = begin + 1; end < n; ++end) {
-        if (slots_[(first + end) % width] != slot + (end - begin) * step) break;
-      }
-      if (std::is_same_v<T, float> && slot < 0 && bias_ == nullptr) continue;
-      const float* identity = slot < 0 ? nullptr : features + slot;
-      finish(m, end - begin, sums + begin, stride, identity, bias + begin, y + begin);
-    }
-  }
-
-  // Two vectors of floats as one of T; the first one alone where T is float.
-  static Narrow narrow(const Wide& low, const Wide& high) {
-    if constexpr (std::is_same_v<T, float>) {
-      return low;
-    } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-#if defined(__AVX512BF16__)
-      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-#endif
-      return at::vec::convert_float_bfloat16(low, high);
-    } else {
-      return at::vec::convert_float_half(low, high);
-    }
-  }
-
-  // y [m, n] = sums + identity + bias, rounded once.
-  void finish(
-      int64_t m, int64_t n, const float* sums, int64_t stride, const float* identity,
-      const float* bias, T* y) const {
-    int64_t at = 0;
-    const auto vectors = [&](auto count) {
-      constexpr int64_t width = count() * Narrow::size();
-      for (; at + width <= n; at += width) {
-        const float* from = identity == nullptr ? nullptr : identity + at;
-        finish_vectors<count()>(m, sums + at, stride, from, bias + at, y + at);
-      }
-    };
-    vectors(std::integral_constant<int, 4>());
-    vectors(std::integral_constant<int, 2>());
-    vectors(std::integral_constant<int, 1>());
-    if (at == n) return;
-    const int64_t one = std::min<int64_t>(Wide::size(), n - at), two = n - at - one;
-    for (int64_t i = 0; i < m; ++i) {
-      const auto add = [&](int64_t from, int64_t count) {
-        const Wide row = Wide::loadu(sums + i * stride + from, count);
-        const Wide sum = row + Wide::loadu(bias + from, count);
-        if (identity == nullptr) return sum;
-        return sum + Wide::loadu(identity + i * basis_stride_ + from, count);
-      };
-      const Wide low = add(at, one), high = two > 0 ? add(at + one, two) : Wide(0.0f);
-      narrow(low, high).store(y + i * features_ + at, n - at);
-    }
-  }
-
-  // The same for COUNT vectors of T in each row, with their bias in registers.
-  template <int COUNT>
-  void finish_vectors(
-      int64_t m, const float* sums, int64_t stride, const float* identity, const float* bias,
-      T* y) const {
-    constexpr int64_t parts = Narrow::size() / Wide::size();
-    std::array<Wide, COUNT * parts> offsets, row;
-    for (size_t j = 0; j < row.size(); ++j) offsets[j] = Wide::loadu(bias + j * Wide::size());
-    for (int64_t i = 0; i < m; ++i) {
-      for (size_t j = 0; j < row.size(); ++j) {
-        row[j] = Wide::loadu(sums + i * stride + j * Wide::size()) + offsets[j];
-        if (identity != nullptr) {
-          row[j] = row[j] + Wide::loadu(identity + i * basis_stride_ + j * Wide::size());
-        }
-      }
-      for (int64_t j = 0; j < COUNT; ++j) {
-        narrow(row[j * parts], row[j * parts + parts - 1])
-            .store(y + i * features_ + j * Narrow::size());
+  // What is added to ``count`` outputs from ``first`` on.
+  Addends addends(int64_t first, int64_t count) const {
+    Addends added{count};
+    if (bias_ != nullptr) at::vec::convert(bias_ + first, added.bias.data(), count);
+    for (int64_t head = first / period_ * period_; head < first + count; head += period_) {
+      for (const Stretch& stretch : stretches_) {
+        const int64_t begin = std::max(head + stretch.begin - first, int64_t{0});
+        const int64_t end = std::min(head + stretch.end - first, count);
+        if (begin < end) added.give(begin, end, stretch.slot + first + begin - head - stretch.begin);
       }
     }
+    return added;
   }
 
-  // sums [m, n] = A [m, K] × panel [K, n]
-  void multiply(
-      const P* a, int64_t m, int64_t n, const P* panel, float* sums, int64_t stride) const {
-    if (brgemm_) {
+  // The outputs of one panel for one block of tokens, from what was gathered. ``fresh``: nothing of
+  // the block was read before by this thread.
+  void multiply(int64_t block, int64_t panel, bool fresh) const {
+    const Matrix<const P> a = rest(block);
+    const Matrix<const P> factors{packed_ + panel * inner_ * panel_, panel_};
+    const int64_t m = tokens_of(block);
+    if constexpr (MULTIPLIES<P>) {
+      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+        if (fresh && at == 0 && in_place()) fetch_x(block, i + ROWS);
+        const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
+        bda_fx::multiply(a.from(i), columns, inner_, run_, sums);
+      });
+    } else if (brgemm_ && inner_ > 0) {
+      const Matrix<float> products{buffers().sums.get<float>(block_ * panel_), panel_};
       for (int64_t k = 0; k < inner_; k += run_) {
         blas::brgemm(
-            m, n, std::min(run_, inner_ - k), rest_stride_, panel_, stride, k > 0, a + k,
-            panel + k * panel_, sums, pairs_);
+            m, panel_, std::min(run_, inner_ - k), a.stride, panel_, panel_, k > 0, a.data + k,
+            factors.row(k), products.data, true);
       }
-      return;
-    }
-    const float *left = nullptr, *right = nullptr;
-    if constexpr (std::is_same_v<P, float>) {
-      left = a;
-      right = panel;
-    } else { // oneDNN was switched off after packing
+      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+        load(Matrix<const float>{products.row(i) + at, panel_}, sums);
+      });
+    } else { // no products, packed for another CPU, or oneDNN was switched off since
       float* wide = buffers().panel.get<float>(m * rest_stride_ + inner_ * panel_);
-      left = wide;
-      for (int64_t i = 0; i < m; ++i) {
-        at::vec::convert(a + i * rest_stride_, wide + i * rest_stride_, inner_);
-      }
-      right = wide += m * rest_stride_;
-      for (int64_t k = 0; k < inner_; ++k) {
+      const Matrix<const float> left{wide, rest_stride_}, right{wide + m * rest_stride_, panel_};
+      for (int64_t i = 0; i < m; ++i, wide += rest_stride_) at::vec::convert(a.row(i), wide, inner_);
+      for (int64_t k = 0; k < inner_; ++k, wide += panel_) {
         for (int64_t j = 0; j < panel_; ++j) {
-          const int64_t at = pairs_ ? k / 2 * 2 * panel_ + 2 * j + k % 2 : k * panel_ + j;
-          wide[k * panel_ + j] = static_cast<float>(panel[at]);
+          wide[j] = static_cast<float>(factors.row(k / 2 * 2)[2 * j + k % 2]);
         }
       }
+      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+        bda_fx::multiply(left.from(i), right.columns(at), inner_, run_, sums);
+      });
     }
-    const auto matrix = [](const float* data, int64_t rows, int64_t columns, int64_t step) {
-      return at::from_blob(const_cast<float*>(data), {rows, columns}, {step, 1}, at::kFloat);
-    };
-    const at::AutoDispatchBelowADInplaceOrView below;
-    at::Tensor total = matrix(sums, m, n, stride);
-    at::addmm_out(
-        total, total, matrix(left, m, inner_, rest_stride_), matrix(right, inner_, n, panel_), 0, 1);
+  }
+
+  // The outputs of one panel for one block of tokens: tiles of them, whose sums are
+  // set by compute(first column, first row, sums).
+  template <typename Compute>
+  void finish_panel(int64_t block, int64_t panel, const Compute& compute) const {
+    const int64_t first = panel * panel_, count = std::min(panel_, outputs() - first);
+    const Matrix<T> y = y_.from(block * block_).columns(first);
+    const Matrix<const B> features = basis(block);
+    for (int64_t at = 0; at < count; at += WIDTH) {
+      const Addends added = addends(first + at, std::min(WIDTH, count - at));
+      const auto column = [&](auto vectors) {
+        by_rows(tokens_of(block), [&](int64_t i, auto rows) {
+          const Matrix<T> to = y.from(i).columns(at);
+          fetch<true>(to, rows(), added.count * sizeof(T));
+          Sums<rows(), vectors()> sums;
+          compute(at, i, sums);
+          finish<rows(), vectors()>(sums, added, features.from(i), to);
+        });
+      };
+      if (added.count <= LANES) {
+        column(std::integral_constant<int, 1>());
+      } else if (added.count <= 2 * LANES) {
+        column(std::integral_constant<int, 2>());
+      } else {
+        column(std::integral_constant<int, VECTORS>());
+      }
+    }
+  }
+
+  // Have the rows of x for the tile from the i-th token of a block on come to the cache: they are far
+  // apart, so that the CPU does not foresee them.
+  void fetch_x(int64_t block, int64_t i) const {
+    const Matrix<const T> rows{x_ + rows_.offset(block * block_), step_};
+    const int64_t count = std::min<int64_t>(tokens_of(block) - i, ROWS);
+    fetch<false>(rows.from(i), count, width_ * sizeof(T));
   }
 
   const T* x_;
-  int64_t stride_; // from one feature of x to the next
+  int64_t width_; // features of x
+  int64_t stride_; // from one of them to the next
   Rows rows_;
   int64_t step_ = 0; // from one token of x to the next, 0 if it varies
   const P* packed_;
   const Features& basis_;
   const Features& rest_;
   const T* bias_;
-  at::IntArrayRef slots_;
-  T* y_;
-  int64_t features_, tokens_;
+  Matrix<T> y_;
+  int64_t tokens_;
   bool pairs_;
   int64_t inner_; // rows of a panel: E - r, made even for pairs
   int64_t panel_; // its outputs
+  int64_t period_; // outputs of a head
+  c10::SmallVector<Stretch, 4> stretches_; // of these that are given consecutive basis features
   bool brgemm_;
   bool rest_in_place_ = false, basis_in_place_ = false; // read from x where it is
   int64_t run_ = 1; // products that are summed before they are added to what is there
@@ -632,7 +417,8 @@ bool packs(const at::Tensor& packed, int64_t outputs, int64_t inner) {
   if ((packed.dim() != 3 && packed.dim() != 4) || !packed.is_contiguous()) return false;
   const bool pairs = packed.dim() == 4;
   const int64_t panel = packed.size(2);
-  return 1 <= panel && panel <= WIDEST && packed.size(0) == (outputs + panel - 1) / panel &&
+  const bool wide = panel == 16 || panel == 32 || panel == 64; // on whatever machine it was packed
+  return wide && packed.size(0) == (outputs + panel - 1) / panel &&
       packed.size(1) == (pairs ? (inner + 1) / 2 : inner) && (!pairs || packed.size(3) == 2);
 }
 
@@ -781,7 +567,7 @@ at::Tensor project_by_tokens_without_gradient(
 
 // Whether coefficients of a type are packed as they are, in pairs; else they are in float32.
 bool packs_in_pairs(at::ScalarType type) {
-  return (type == at::kBFloat16 && has_brgemm<at::BFloat16>()) ||
+  return (type == at::kBFloat16 && (MULTIPLIES<at::BFloat16> || has_brgemm<at::BFloat16>())) ||
       (type == at::kHalf && has_brgemm<at::Half>());
 }
 

@@ -2,7 +2,7 @@
 
     TORCHINDUCTOR_CACHE_DIR / bda_fx / KEY.so
 
-KEY is a hash of the source, of the compiler's version and command line (which holds the flags and
+KEY is a hash of the sources, of the compiler's version and command line (which holds the flags and
 where torch lies), of torch's version and of what this CPU can do, so that a home directory may be
 shared by unlike machines. A library is written beside its final name and moved there in one step,
 under a file lock that dies with its process: two processes never build it twice, and none ever sees
@@ -78,7 +78,7 @@ def build_kernel(flags: Sequence[str] = ()) -> Path:
     command = CppBuilder("kernel", str(SOURCE), options, str(directory)).get_command_line()
     command = command.replace(str(directory), "")  # the same kernel, wherever it is kept
     parts = (
-        SOURCE.read_text(),
+        [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))],
         command,
         get_compiler_version_info(options.get_compiler()),
         torch.__version__,

@@ -19,7 +19,7 @@ def hash_sources(directory: Path) -> str:
     digest = hashlib.sha256()
     folders = os.walk(directory, followlinks=True)
     for path in sorted(Path(folder, name) for folder, _, names in folders for name in names):
-        if path.suffix in (".py", ".cpp"):
+        if path.suffix in (".py", ".cpp", ".h"):
             name = path.relative_to(directory).as_posix()
             digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]

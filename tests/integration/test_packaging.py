@@ -89,7 +89,7 @@ def test_the_wheel_holds_every_module_once(packed: Packed, checkout: Path) -> No
     kernels = [
         path.relative_to(checkout)
         for path in (checkout / "bda_fx/kernels").iterdir()
-        if path.suffix in (".py", ".cpp")
+        if path.suffix in (".py", ".cpp", ".h")
     ]
     marker = Path("bda_fx/py.typed")
     expected = [path.as_posix() for path in [*modules, *kernels, *passes, marker]]

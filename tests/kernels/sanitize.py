@@ -1,10 +1,13 @@
-"""The CPU kernel under a sanitizer: ``python -m tests.kernels.sanitize address|thread [--quick]``.
+"""The CPU kernel under a sanitizer.
+
+    python -m tests.kernels.sanitize address|thread [--quick] [--matrix-unit]
 
 Builds the kernel with ``-fsanitize=…``, starts itself anew with the sanitizer's runtime loaded
 first, and there calls every form in every type with strides, token counts and thread counts. The
 sanitizer ends the process with an error at what it finds. Python, torch and OpenMP are not built
 with it: the address sanitizer sees the heap all the same; for the thread sanitizer the kernel
-starts threads of its own, and what other libraries do is ignored.
+starts threads of its own, and what other libraries do is ignored. ``--matrix-unit``: as on a CPU
+with a unit for 16-bit matrices, which are multiplied by brgemm there.
 """
 
 from __future__ import annotations
@@ -40,13 +43,18 @@ BIG = [
 ]
 
 
-def flags(sanitizer: str) -> tuple[str, ...]:
-    return (f"-fsanitize={sanitizer}", "-O1", "-g")
+MATRIX_UNIT = ("-D__AMX_BF16__",)
+"""Have the kernel leave 16-bit matrices to brgemm."""
 
 
-def exercise(sanitizer: str, quick: bool) -> None:
-    """Every form in every type, by one and by several threads; three callers at once."""
-    torch.ops.load_library(build_kernel(flags(sanitizer)))
+def flags(sanitizer: str, matrix_unit: bool) -> tuple[str, ...]:
+    return (f"-fsanitize={sanitizer}", "-O1", "-g", *(MATRIX_UNIT if matrix_unit else ()))
+
+
+def exercise(flags: tuple[str, ...], quick: bool = False) -> int:
+    """Every form in every type, by one and by several threads; three callers at once; without
+    oneDNN. Of the kernel compiled with ``flags``; returns the number of calls."""
+    torch.ops.load_library(build_kernel(flags))
     forms = [*(FORMS[::4] if quick else FORMS), *BIG]
     calls = [(form.arguments(dtype), dtype) for form in forms for dtype in packed.DTYPES]
     calls += [
@@ -55,12 +63,12 @@ def exercise(sanitizer: str, quick: bool) -> None:
         for (x, *others), dtype in [(replace(form, start=1).arguments(t), t) for t in packed.DTYPES]
     ]
 
+    panels = [packed.pack(coefficients) for (_, coefficients, *_), _ in calls]
+
     def run() -> None:
-        for arguments, dtype in calls:
+        for (arguments, dtype), each in zip(calls, panels, strict=True):
             x, coefficients, *others = arguments
-            got = packed.packed_projection(
-                x, packed.pack(coefficients), *others, coefficients.shape[0]
-            )
+            got = packed.packed_projection(x, each, *others, coefficients.shape[0])
             expected = by_definition(*arguments)
             error = (got.double() - expected).norm()
             assert not float(error) > kernel(dtype) * float(expected.norm())
@@ -73,18 +81,23 @@ def exercise(sanitizer: str, quick: bool) -> None:
         caller.start()
     for caller in callers:
         caller.join()
-    print(f"{sanitizer}: {len(calls)} calls, by 1 and 3 threads and by 3 callers: clean")
+    with torch.backends.mkldnn.flags(enabled=False):
+        run()
+    return len(calls)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("sanitizer", choices=RUNTIMES)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--matrix-unit", action="store_true")
     chosen = parser.parse_args()
+    chosen_flags = flags(chosen.sanitizer, chosen.matrix_unit)
     if os.environ.get("BDA_FX_SANITIZED") == chosen.sanitizer:
-        exercise(chosen.sanitizer, chosen.quick)
+        calls = exercise(chosen_flags, chosen.quick)
+        print(f"{chosen.sanitizer}: {calls} calls, by 1 and 3 threads and by 3 callers: clean")
         return 0
-    build_kernel(flags(chosen.sanitizer))  # the compiler must not run under the sanitizer
+    build_kernel(chosen_flags)  # the compiler must not run under the sanitizer
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run(
         [compiler, f"-print-file-name={RUNTIMES[chosen.sanitizer]}"],

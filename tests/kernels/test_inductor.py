@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -490,13 +491,17 @@ def test_on_cuda_the_operator_is_offered_and_caches_are_keyed_by_the_kernels(
     assert len(offered) == 3
 
 
-def test_the_key_covers_every_source_of_the_kernels() -> None:
+def test_the_key_covers_every_source_of_the_kernels(tmp_path: Path) -> None:
     from bda_fx.kernels import source_key
 
-    directory = Path(source_key.__file__).parent
-    names = {path.name for path in directory.iterdir() if path.suffix in (".py", ".cpp")}
-    assert {"basis_projection.cpp", "basis_projection_triton.py", "roofline.py"} <= names
-    assert len(source_key.kernel_source_key()) == 32
+    kernels = shutil.copytree(Path(source_key.__file__).parent, tmp_path / "kernels")
+    keys = {source_key.kernel_source_key()}
+    assert keys == {source_key.hash_sources(kernels)}
+    for name in ("basis_projection.cpp", "register_tile.h", "basis_projection_triton.py"):
+        with (kernels / name).open("a") as source:
+            source.write("\n")
+        keys.add(source_key.hash_sources(kernels))
+    assert len(keys) == 4
 
 
 def test_on_cuda_aten_unless_max_autotune_weighs_it(monkeypatch: pytest.MonkeyPatch) -> None:

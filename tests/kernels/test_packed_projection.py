@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bda_fx.kernels.basis_projection import basis_projection, project_in_aten
 from bda_fx.kernels.packed_projection import (
@@ -117,6 +120,35 @@ def test_threads_agree(dtype: torch.dtype) -> None:
     assert torch.equal(results[0], results[2])
 
 
+def test_rows_do_not_depend_on_their_number() -> None:
+    x, *others = REAL[1].arguments(torch.float32)
+    rows = [packed([x[first : first + 1], *others]) for first in range(len(x))]
+    assert torch.equal(packed([x, *others]), torch.cat(rows))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("form", REAL[:4], ids=lambda form: form.name)
+def test_panels_of_other_machines(form: Form, width: int) -> None:
+    x, coefficients, *others = form.arguments(torch.float32)
+    outputs, inner = coefficients.shape
+    filled = F.pad(coefficients, (0, 0, 0, -outputs % width))
+    panels = filled.view(-1, width, inner).mT.contiguous()
+    got = packed_projection(x, panels, *others, outputs)
+    assert torch.equal(got, packed([x, coefficients, *others]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16"), reason="bfloat16 is float32 on this CPU"
+)
+def test_a_unit_for_matrices() -> None:
+    """16-bit matrices are left to brgemm, and multiplied in float32 without oneDNN."""
+    code = "from tests.kernels import sanitize as s; print(s.exercise(s.MATRIX_UNIT), 'calls')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("calls\n")
+
+
 @dtypes
 @pytest.mark.parametrize("form", REAL[:4], ids=lambda form: form.name)
 def test_without_onednn(form: Form, dtype: torch.dtype) -> None:
@@ -185,6 +217,7 @@ def change(**new: object) -> list[object]:
 
 BAD = {
     "panels": (change(out_features=65), "not those of 65 outputs"),
+    "width": (change(packed=torch.zeros(1, 16, 24)), "not those of 24 outputs"),
     "inner": (change(size=7, slots=[0]), "of 17 features"),
     "window": (change(start=17), "not within"),
     "order": (change(order=torch.arange(23)), r"not int64 \[24\]"),

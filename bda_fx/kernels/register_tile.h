@@ -1,0 +1,272 @@
+// A tile of the result, a few tokens by a few vectors of outputs, from its sums in registers.
+//
+//   y [M, N · LANES] = A [M, K] × panel [K, N · LANES] + spread(x_B) + b
+//
+// Nothing but the result is written, once: products are summed in M · N registers, and what is added
+// to them meets them there. The lines of y are asked for before the products are computed, so that a
+// result that lies in memory, and not in a cache, is waited for meanwhile.
+
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/macros/Macros.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace bda_fx {
+
+using Wide = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Wide::size();
+
+// Registers of a tile: ROWS · VECTORS for sums, VECTORS for a row of the panel and one for a factor.
+constexpr int ROWS = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int VECTORS = 4; // of 32 registers
+#else
+constexpr int VECTORS = 2; // of 16
+#endif
+constexpr int64_t WIDTH = VECTORS * LANES;
+
+// Whether tiles are multiplied in P: bfloat16 in pairs where there is no faster unit for matrices.
+template <typename P>
+constexpr bool MULTIPLIES = std::is_same_v<P, float>
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    || std::is_same_v<P, at::BFloat16>
+#endif
+    ;
+
+// Whether lanes of T are read by mask as they are; else they are float32.
+template <typename T>
+constexpr bool READS = std::is_same_v<T, float>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    || true
+#endif
+    ;
+
+// Sums of a tile, in registers: all loops over them are unrolled.
+template <int M, int N>
+using Sums = Wide[M][N];
+
+#if defined(__clang__)
+#define BDA_FX_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BDA_FX_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// A matrix whose rows are ``stride`` apart.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+  Matrix from(int64_t i) const { return {row(i), stride}; }
+  Matrix columns(int64_t j) const { return {data + j, stride}; }
+};
+
+// -- what is added --------------------------------------------------------------------------------
+
+// from[j] for the lanes j in ``mask``, 0 for others, which are not read.
+template <typename B>
+C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<B, float>) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  } else {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i read = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
+    if constexpr (std::is_same_v<B, at::Half>) return _mm512_cvtph_ps(read);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
+#endif
+  }
+#elif defined(__AVX2__)
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits);
+  return _mm256_maskload_ps(from, _mm256_cmpeq_epi32(set, bits));
+#else
+  float read[LANES] = {};
+  for (int64_t j = 0; j < LANES; ++j) {
+    if (mask >> j & 1) read[j] = from[j];
+  }
+  return Wide::loadu(read);
+#endif
+}
+
+// Basis features that some lanes of a vector of outputs are given: that of lane j is j + ``first``.
+struct Given {
+  int64_t first;
+  uint32_t lanes;
+};
+
+// What is added to the sums of up to WIDTH outputs, and how many of them there are.
+struct Addends {
+  int64_t count;
+  std::array<c10::SmallVector<Given, 2>, VECTORS> given;
+  std::array<float, WIDTH> bias{};
+
+  // Outputs [begin, end) are given the basis features from ``feature`` on.
+  void give(int64_t begin, int64_t end, int64_t feature) {
+    for (int64_t at = begin / LANES * LANES; at < end; at += LANES) {
+      const int64_t first = std::max(begin - at, int64_t{0}), last = std::min(end - at, LANES);
+      const uint32_t lanes = (uint32_t{1} << last) - (uint32_t{1} << first);
+      given[at / LANES].push_back({feature + at - begin, lanes});
+    }
+  }
+};
+
+// Two vectors of floats as one of T.
+template <typename T>
+C10_ALWAYS_INLINE at::vec::Vectorized<T> narrow(const Wide& low, const Wide& high) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#else
+    return at::vec::convert_float_bfloat16(low, high);
+#endif
+  } else {
+    return at::vec::convert_float_half(low, high);
+  }
+}
+
+// y = sums + bias + basis features, rounded once.
+template <int M, int N, typename T, typename B>
+C10_ALWAYS_INLINE void finish(
+    Sums<M, N>& sums, const Addends& addends, Matrix<const B> basis, Matrix<T> y) {
+  BDA_FX_UNROLL
+  for (int j = 0; j < N; ++j) {
+    const Wide bias = Wide::loadu(addends.bias.data() + j * LANES);
+    BDA_FX_UNROLL
+    for (int i = 0; i < M; ++i) sums[i][j] = sums[i][j] + bias;
+    for (const auto& [first, lanes] : addends.given[j]) {
+      BDA_FX_UNROLL
+      for (int i = 0; i < M; ++i) {
+        sums[i][j] = sums[i][j] + masked(basis.row(i) + first, lanes);
+      }
+    }
+  }
+  const auto left = [&](int64_t at, int64_t most) {
+    return std::clamp<int64_t>(addends.count - at, 0, most);
+  };
+  BDA_FX_UNROLL
+  for (int i = 0; i < M; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      BDA_FX_UNROLL
+      for (int j = 0; j < N; ++j) {
+        sums[i][j].store(y.row(i) + j * LANES, left(j * LANES, LANES));
+      }
+    } else {
+      BDA_FX_UNROLL
+      for (int j = 0; j < N; j += 2) {
+        narrow<T>(sums[i][j], sums[i][std::min(j + 1, N - 1)])
+            .store(y.row(i) + j * LANES, left(j * LANES, 2 * LANES));
+      }
+    }
+  }
+}
+
+// -- products -------------------------------------------------------------------------------------
+
+// sums += A [M, count] × panel [count, N · LANES], in order. 16-bit factors lie in pairs.
+template <int M, int N, typename P>
+C10_ALWAYS_INLINE void add_products(
+    Matrix<const P> a, Matrix<const P> panel, int64_t count, Sums<M, N>& sums) {
+  constexpr int64_t terms = std::is_same_v<P, float> ? 1 : 2;
+  for (int64_t k = 0; k < count; k += terms) {
+    Wide row[N];
+    BDA_FX_UNROLL
+    for (int j = 0; j < N; ++j) row[j] = Wide::loadu(panel.row(k) + terms * j * LANES);
+    BDA_FX_UNROLL
+    for (int i = 0; i < M; ++i) {
+      if constexpr (std::is_same_v<P, float>) {
+        const Wide factor(a.row(i)[k]);
+        BDA_FX_UNROLL
+        for (int j = 0; j < N; ++j) sums[i][j] = at::vec::fmadd(factor, row[j], sums[i][j]);
+      }
+#if defined(__AVX512BF16__)
+      else {
+        int32_t two;
+        std::memcpy(&two, a.row(i) + k, sizeof two);
+        const auto factors = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+        BDA_FX_UNROLL
+        for (int j = 0; j < N; ++j) {
+          const auto pairs = reinterpret_cast<__m512bh>(static_cast<__m512>(row[j]));
+          sums[i][j] = _mm512_dpbf16_ps(sums[i][j], factors, pairs);
+        }
+      }
+#endif
+    }
+  }
+}
+
+// sums = A [M, K] × panel [K, N · LANES]: ``run`` products are summed at a time, and these sums in
+// order.
+template <int M, int N, typename P>
+C10_ALWAYS_INLINE void multiply(
+    Matrix<const P> a, Matrix<const P> panel, int64_t inner, int64_t run, Sums<M, N>& sums) {
+  float totals[M][N * LANES];
+  for (int64_t k = 0;; k += run) {
+    BDA_FX_UNROLL
+    for (int i = 0; i < M; ++i) {
+      BDA_FX_UNROLL
+      for (int j = 0; j < N; ++j) sums[i][j] = Wide(0.0f);
+    }
+    add_products<M, N>(a.columns(k), panel.from(k), std::min(run, inner - k), sums);
+    if (k > 0) {
+      BDA_FX_UNROLL
+      for (int i = 0; i < M; ++i) {
+        BDA_FX_UNROLL
+        for (int j = 0; j < N; ++j) sums[i][j] = sums[i][j] + Wide::loadu(&totals[i][j * LANES]);
+      }
+    }
+    if (k + run >= inner) return;
+    BDA_FX_UNROLL
+    for (int i = 0; i < M; ++i) {
+      BDA_FX_UNROLL
+      for (int j = 0; j < N; ++j) sums[i][j].store(&totals[i][j * LANES]);
+    }
+  }
+}
+
+// Sums that are in memory.
+template <int M, int N>
+C10_ALWAYS_INLINE void load(Matrix<const float> from, Sums<M, N>& sums) {
+  BDA_FX_UNROLL
+  for (int i = 0; i < M; ++i) {
+    BDA_FX_UNROLL
+    for (int j = 0; j < N; ++j) sums[i][j] = Wide::loadu(from.row(i) + j * LANES);
+  }
+}
+
+// Have the lines of the first ``bytes`` of ``count`` rows come to the cache, to be written or read.
+template <bool WRITTEN, typename T>
+C10_ALWAYS_INLINE void fetch(Matrix<T> rows, int64_t count, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = reinterpret_cast<const char*>(rows.row(i));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITTEN, 3);
+  }
+}
+
+// body(first row, rows), ``rows`` a constant, for tiles of up to ROWS of m rows.
+template <typename Body>
+void by_rows(int64_t m, const Body& body) {
+  int64_t i = 0;
+  for (; i + ROWS <= m; i += ROWS) body(i, std::integral_constant<int, ROWS>());
+  switch (m - i) {
+    case 5: return body(i, std::integral_constant<int, 5>());
+    case 4: return body(i, std::integral_constant<int, 4>());
+    case 3: return body(i, std::integral_constant<int, 3>());
+    case 2: return body(i, std::integral_constant<int, 2>());
+    case 1: return body(i, std::integral_constant<int, 1>());
+  }
+}
+
+} // namespace bda_fx
