@@ -4,7 +4,7 @@
 //   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, W, 2]
 //
 // For each block of tokens: x_R and x_B are packed into rows, both from one read of x (the features of
-// an ascending order are compressed by mask, a vector at a time), unless they can be read in place.
+// an ascending order by permutations, a vector at a time), unless they can be read in place.
 // For each panel: a few rows of x_R at a time are multiplied by it into registers, to which
 // spread(x_B) + b is added before they are rounded once into y (``register_tile.h``). Threads share
 // tokens × panels. Scratch memory belongs to the thread and is kept, so that a call allocates its
@@ -154,11 +154,16 @@ bool has_brgemm() {
 // One call: x of type T, multiplied in the type P of the packed coefficients.
 template <typename T, typename P>
 class Projection {
-  // Whether rows of x, which become float32 anyway, become so first: only that is compressed.
+  // Whether rows of x, which become float32 anyway, become so first: only that can be permuted.
   static constexpr bool WIDENS = !std::is_same_v<T, float> && std::is_same_v<P, float> &&
-      compresses<float>() && !compresses<T>();
+      Shuffle<float>::EXISTS && !Shuffle<T>::EXISTS;
 
   using B = std::conditional_t<READS<T> && !WIDENS, T, float>; // of x_B when it is added
+  using S = std::conditional_t<WIDENS, float, T>; // of rows when they are split
+
+  // Tokens from which on it pays to prepare shuffles.
+  static constexpr int64_t MANY = 32;
+  static constexpr int AT_ONCE = 4; // rows that are shuffled
 
  public:
   Projection(
@@ -196,10 +201,14 @@ class Projection {
     block_ = ((tokens_ + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
     const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
     run_ = round_up<P>((inner_ + runs - 1) / runs);
-    // Compressed rows are written a vector at a time; lines of their own keep threads apart.
+    // Shuffled rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
     basis_stride_ = round_up<B>(basis_.count()) + lanes<B>();
     step_ = rows_.step(width_);
+    if (stride_ == 1 && tokens_ >= MANY) {
+      rest_shuffle_.prepare(rest, width_);
+      basis_shuffle_.prepare(basis, width_);
+    }
     if (stride_ == 1 && step_ >= width_) {
       rest_in_place_ = std::is_same_v<T, P> && inner_ == rest_.count() && rest_.consecutive();
       basis_in_place_ = std::is_same_v<T, B> && basis_.consecutive();
@@ -215,10 +224,9 @@ class Projection {
       int64_t gathered = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / panels, panel = task % panels;
-        const bool fresh = gathered != block;
-        if (fresh) gather(block);
+        if (gathered != block) gather(block);
         gathered = block;
-        multiply(block, panel, fresh);
+        multiply(block, panel, panel + 1 == panels && task + 1 < end);
       }
       if (brgemm_) blas::brgemm_release(true);
     });
@@ -237,8 +245,6 @@ class Projection {
   int64_t outputs() const { return y_.stride; } // as y is contiguous
 
   int64_t tokens_of(int64_t block) const { return std::min(block_, tokens_ - block * block_); }
-
-  bool in_place() const { return rest_in_place_ && (basis_in_place_ || basis_.count() == 0); }
 
   // Rows of x_R and of x_B for a block of tokens: x itself, or what ``gather`` packed.
   Matrix<const P> rest(int64_t block) const {
@@ -259,46 +265,61 @@ class Projection {
 
   // x_R and x_B of a block of tokens, to the buffers of this thread.
   void gather(int64_t block) {
-    if (in_place()) return;
+    if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
     P* rest = rest_in_place_ ? nullptr : buffers().rest.get<P>(block_ * rest_stride_);
     B* basis = basis_in_place_ ? nullptr : buffers().basis.get<B>(block_ * basis_stride_);
-    T* picked = buffers().row.get<T>(round_up<T>(width_) + lanes<T>());
-    const bool widened = WIDENS && stride_ == 1 && (rest_.masked() || basis_.masked());
-    float* wide = widened ? buffers().wide.get<float>(width_) : nullptr;
-    const T* first = x_ + rows_.offset(block * block_);
-    for (int64_t m = 0; m < tokens_of(block); ++m) {
-      const T* row = step_ > 0 ? first + m * step_ : x_ + rows_.offset(block * block_ + m);
-      P* rest_row = rest_in_place_ ? nullptr : rest + m * rest_stride_;
-      B* basis_row = basis_in_place_ ? nullptr : basis + m * basis_stride_;
-      if (widened) {
-        at::vec::convert(row, wide, width_);
-        split(wide, 1, static_cast<float*>(nullptr), rest_row, basis_row);
+    // Some rows at a time, while they are in the L1 cache.
+    const int64_t some = step_ > 0 ? 2 * AT_ONCE : 1;
+    for (int64_t m = 0; m < tokens_of(block); m += some) {
+      const int64_t count = std::min(some, tokens_of(block) - m);
+      const Matrix<const T> rows{x_ + rows_.offset(block * block_ + m), step_};
+      const Matrix<P> to_rest{rest_in_place_ ? nullptr : rest + m * rest_stride_, rest_stride_};
+      const Matrix<B> to_basis{basis_in_place_ ? nullptr : basis + m * basis_stride_, basis_stride_};
+      if (WIDENS && (!rest_shuffle_.empty() || !basis_shuffle_.empty())) {
+        const Matrix<float> wide{buffers().wide.get<float>(some * width_), width_};
+        for (int64_t i = 0; i < count; ++i) at::vec::convert(rows.row(i), wide.row(i), width_);
+        split(Matrix<const float>{wide.data, width_}, count, 1, to_rest, to_basis);
       } else {
-        split(row, stride_, picked, rest_row, basis_row);
+        split(rows, count, stride_, to_rest, to_basis);
       }
     }
   }
 
-  // x_R and x_B of one token, each where it is wanted. ``picked``: for features that are converted.
-  template <typename S>
-  void split(const S* row, int64_t stride, S* picked, P* rest, B* basis) const {
-    if (rest != nullptr) {
-      pick(rest_, row, stride, picked, rest);
+  // x_R and x_B of some tokens, each where it is wanted.
+  template <typename V>
+  void split(
+      Matrix<const V> rows, int64_t count, int64_t stride, Matrix<P> rest, Matrix<B> basis) const {
+    if (!rest_in_place_) {
+      pick(rest_, rest_shuffle_, rows, count, stride, rest);
       // A row of coefficients is padded with zeros, which must not meet an infinity.
-      for (int64_t i = rest_.count(); i < inner_; ++i) rest[i] = P(0);
+      for (int64_t m = 0; m < count && inner_ > rest_.count(); ++m) rest.row(m)[inner_ - 1] = P(0);
     }
-    if (basis != nullptr) pick(basis_, row, stride, picked, basis);
+    if (!basis_in_place_) pick(basis_, basis_shuffle_, rows, count, stride, basis);
   }
 
-  template <typename S, typename U>
-  static void pick(const Features& features, const S* row, int64_t stride, S* picked, U* to) {
-    if constexpr (std::is_same_v<S, U>) {
-      features.pick(row, stride, to);
-    } else if (stride == 1 && features.consecutive()) {
-      at::vec::convert(row + features.first(), to, features.count());
+  template <typename V, typename U>
+  void pick(
+      const Features& features, const Shuffle<S>& shuffle, Matrix<const V> rows, int64_t count,
+      int64_t stride, Matrix<U> to) const {
+    if constexpr (!std::is_same_v<V, U>) {
+      const bool direct = stride == 1 && features.consecutive();
+      V* picked = direct ? nullptr : buffers().row.get<V>(round_up<V>(width_) + lanes<V>());
+      for (int64_t m = 0; m < count; ++m) {
+        if (!direct) pick(features, shuffle, rows.from(m), 1, stride, Matrix<V>{picked, 0});
+        const V* from = direct ? rows.row(m) + features.first() : picked;
+        at::vec::convert(from, to.row(m), features.count());
+      }
     } else {
-      features.pick(row, stride, picked);
-      at::vec::convert(picked, to, features.count());
+      int64_t m = 0;
+      if constexpr (std::is_same_v<V, S>) {
+        if (!shuffle.empty()) {
+          for (; m + AT_ONCE <= count; m += AT_ONCE) {
+            shuffle.template pick<AT_ONCE>(rows.from(m), to.from(m));
+          }
+          for (; m < count; ++m) shuffle.template pick<1>(rows.from(m), to.from(m));
+        }
+      }
+      for (; m < count; ++m) features.pick(rows.row(m), stride, to.row(m));
     }
   }
 
@@ -316,15 +337,15 @@ class Projection {
     return added;
   }
 
-  // The outputs of one panel for one block of tokens, from what was gathered. ``fresh``: nothing of
-  // the block was read before by this thread.
-  void multiply(int64_t block, int64_t panel, bool fresh) const {
+  // The outputs of one panel for one block of tokens, from what was gathered. ``next``: this
+  // thread goes on to the next block.
+  void multiply(int64_t block, int64_t panel, bool next) const {
     const Matrix<const P> a = rest(block);
     const Matrix<const P> factors{packed_ + panel * inner_ * panel_, panel_};
     const int64_t m = tokens_of(block);
     if constexpr (MULTIPLIES<P>) {
       finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
-        if (fresh && at == 0 && in_place()) fetch_x(block, i + ROWS);
+        if (next && at == 0) fetch_x(block + 1, i);
         const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
         bda_fx::multiply(a.from(i), columns, inner_, run_, sums);
       });
@@ -381,9 +402,9 @@ class Projection {
     }
   }
 
-  // Have the rows of x for the tile from the i-th token of a block on come to the cache: they are far
-  // apart, so that the CPU does not foresee them.
+  // Have the rows of x from the i-th token of a block on, as many as a tile has, come to the cache.
   void fetch_x(int64_t block, int64_t i) const {
+    if (step_ == 0 || stride_ != 1) return;
     const Matrix<const T> rows{x_ + rows_.offset(block * block_), step_};
     const int64_t count = std::min<int64_t>(tokens_of(block) - i, ROWS);
     fetch<false>(rows.from(i), count, width_ * sizeof(T));
@@ -397,6 +418,7 @@ class Projection {
   const P* packed_;
   const Features& basis_;
   const Features& rest_;
+  Shuffle<S> rest_shuffle_, basis_shuffle_; // empty if they are picked in another way
   const T* bias_;
   Matrix<T> y_;
   int64_t tokens_;

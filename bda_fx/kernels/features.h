@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -20,34 +20,29 @@ namespace bda_fx {
 
 constexpr int64_t ALIGN = 64; // bytes of a cache line and of the widest vector
 
+// Before loops whose body is in registers.
+#if defined(__clang__)
+#define BDA_FX_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BDA_FX_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// A matrix whose rows are ``stride`` apart.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+  Matrix from(int64_t i) const { return {row(i), stride}; }
+  Matrix columns(int64_t j) const { return {data + j, stride}; }
+};
+
+// Elements of a cache line.
 template <typename T>
 constexpr int64_t lanes() { return ALIGN / static_cast<int64_t>(sizeof(T)); }
 
-// Whether this CPU compresses a vector of T by mask.
-template <typename T>
-constexpr bool compresses() {
-#if defined(__AVX2__)
-  if (sizeof(T) == 4) return true;
-#endif
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
-  if (sizeof(T) == 2) return true;
-#endif
-  return false;
-}
-
-// The places of the bits of each mask of eight, a byte each: AVX2 has no compression by mask, but
-// permutations.
-constexpr std::array<int64_t, 256> COMPRESSED = [] {
-  std::array<int64_t, 256> places{};
-  for (int64_t mask = 0; mask < 256; ++mask) {
-    for (int64_t bit = 0, at = 0; bit < 8; ++bit) {
-      if (mask >> bit & 1) places[mask] |= bit << 8 * at++;
-    }
-  }
-  return places;
-}();
-
-// Features of x in the order in which they are picked: ranges, a mask, or a list.
+// Features of x in the order in which they are picked: two ranges, or a list.
 class Features {
  public:
   // The features [begin, end), which may be empty, for each of two ranges.
@@ -56,22 +51,16 @@ class Features {
   }
 
   Features(const int64_t* list, int64_t count, int64_t width) : list_(list), count_(count) {
-    bool ascending = true;
     for (int64_t i = 0; i < count; ++i) {
       TORCH_CHECK_INDEX(
           0 <= list[i] && list[i] < width,
           "basis_projection: order holds ", list[i], ", expected features from 0 to ", width - 1);
-      ascending &= i == 0 || list[i - 1] < list[i];
+      ascending_ &= i == 0 || list[i - 1] < list[i];
     }
-    if (!ascending || count == 0) return;
-    if (list[count - 1] - list[0] == count - 1) {
+    if (ascending_ && count > 0 && list[count - 1] - list[0] == count - 1) {
       ranges_ = {{{list[0], list[0] + count}, {0, 0}}};
       list_ = nullptr;
-      return;
     }
-    masks_.resize((width + 63) / 64, 0);
-    for (int64_t i = 0; i < count; ++i) masks_[list[i] / 64] |= uint64_t{1} << (list[i] % 64);
-    width_ = width;
   }
 
   int64_t count() const { return count_; }
@@ -82,74 +71,133 @@ class Features {
     return list_ == nullptr && (one.first == one.second || two.first == two.second);
   }
 
-  // Whether they are compressed by a mask, where the CPU can.
-  bool masked() const { return width_ > 0; }
+  // The list if they are one, in ascending order.
+  const int64_t* ascending_list() const { return ascending_ ? list_ : nullptr; }
 
   int64_t first() const {
     const auto& [one, two] = ranges_;
     return one.first < one.second ? one.first : two.first;
   }
 
-  // out[i] = row[feature i · stride]. May write up to a vector beyond the last one.
+  // out[i] = row[feature i · stride].
   template <typename T>
   void pick(const T* row, int64_t stride, T* out) const {
-    if (list_ == nullptr) {
-      for (const auto& [begin, end] : ranges_) {
-        if (stride == 1) {
-          std::memcpy(out, row + begin, (end - begin) * sizeof(T));
-        } else {
-          for (int64_t i = begin; i < end; ++i) out[i - begin] = row[i * stride];
-        }
-        out += end - begin;
-      }
-    } else if (compresses<T>() && stride == 1 && masked()) {
-      compress(row, out);
-    } else {
+    if (list_ != nullptr) {
       for (int64_t i = 0; i < count_; ++i) out[i] = row[list_[i] * stride];
+      return;
+    }
+    for (const auto& [begin, end] : ranges_) {
+      if (stride == 1) {
+        std::memcpy(out, row + begin, (end - begin) * sizeof(T));
+      } else {
+        for (int64_t i = begin; i < end; ++i) out[i - begin] = row[i * stride];
+      }
+      out += end - begin;
     }
   }
 
  private:
-  template <typename T>
-  void compress(const T* row, T* out) const {
+  const int64_t* list_ = nullptr;
+  int64_t count_ = 0;
+  bool ascending_ = true;
+  std::array<std::pair<int64_t, int64_t>, 2> ranges_{};
+};
+
+// A list of features in ascending order, picked a vector at a time: what lanes of the result come
+// from one vector of x is one permutation of it. Worth its preparation for many rows.
+template <typename T>
+class Shuffle {
 #if defined(__AVX512F__)
-    constexpr int64_t step = lanes<T>();
-    for (int64_t at = 0; at < width_; at += step) {
-      const uint64_t all = ~uint64_t{0} >> (64 - std::min(step, width_ - at));
-      const uint64_t mask = (masks_[at / 64] >> (at % 64)) & all;
-      if constexpr (sizeof(T) == 4) {
-        const __m512i read = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(all), row + at);
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), read));
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
-      } else {
-        const __m512i read = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(all), row + at);
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(mask), read));
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+  static constexpr int64_t SIZE = 64 / sizeof(T); // lanes of a vector
+#else
+  using Index = int32_t;
+  static constexpr int64_t SIZE = 8;
 #endif
+
+ public:
+  // Whether this CPU permutes lanes of T.
+  static constexpr bool EXISTS =
+#if defined(__AVX512BW__)
+      true;
+#elif defined(__AVX2__)
+      sizeof(T) == 4;
+#else
+      false;
+#endif
+
+  bool empty() const { return steps_.empty(); }
+
+  void prepare(const Features& features, int64_t width) {
+    const int64_t* list = features.ascending_list();
+    if (!EXISTS || list == nullptr || width < SIZE) return;
+    for (int64_t i = 0; i < features.count(); ++i) {
+      const int64_t lane = i % SIZE, from = std::min(list[i] / SIZE * SIZE, width - SIZE);
+      if (lane == 0 || steps_.back().from != from) {
+        if (lane == 0 && i > 0) steps_.back().advance = SIZE;
+        steps_.push_back({from, 0, 0, {}});
       }
-      out += std::popcount(mask);
+      steps_.back().lanes |= uint32_t{1} << lane;
+      steps_.back().places[lane] = static_cast<Index>(list[i] - from);
+    }
+  }
+
+  // out[m][i] = row m [feature i] for some rows at once. May write up to a vector beyond the last one
+  // of each.
+  template <int ROWS>
+  void pick(Matrix<const T> rows, Matrix<T> out) const {
+#if defined(__AVX512F__)
+    __m512i picked[ROWS] = {};
+    for (const Step& step : steps_) {
+      const __m512i places = _mm512_loadu_si512(step.places.data());
+      BDA_FX_UNROLL
+      for (int m = 0; m < ROWS; ++m) {
+        const __m512i read = _mm512_loadu_si512(rows.row(m) + step.from);
+        if constexpr (sizeof(T) == 4) {
+          const auto lanes = static_cast<__mmask16>(step.lanes);
+          picked[m] = _mm512_mask_permutexvar_epi32(picked[m], lanes, places, read);
+        } else {
+#if defined(__AVX512BW__)
+          picked[m] = _mm512_mask_permutexvar_epi16(picked[m], step.lanes, places, read);
+#endif
+        }
+        _mm512_storeu_si512(out.row(m), picked[m]);
+      }
+      out.data += step.advance;
     }
 #elif defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
-      const int* from = reinterpret_cast<const int*>(row);
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      for (int64_t at = 0; at < width_; at += 8) {
-        const uint64_t mask = masks_[at / 64] >> (at % 64) & 0xff;
-        const __m256i left = _mm256_set1_epi32(static_cast<int>(std::min<int64_t>(width_ - at, 8)));
-        const __m256i read = _mm256_maskload_epi32(from + at, _mm256_cmpgt_epi32(left, lane));
-        const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(COMPRESSED[mask]));
-        _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(read, order));
-        out += std::popcount(mask);
+      const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      __m256i picked[ROWS] = {};
+      for (const Step& step : steps_) {
+        const __m256i places =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(step.places.data()));
+        const __m256i set =
+            _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(step.lanes)), bits);
+        const __m256i lanes = _mm256_cmpeq_epi32(set, bits);
+        BDA_FX_UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+          const auto* from = reinterpret_cast<const __m256i*>(rows.row(m) + step.from);
+          const __m256i read = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(from), places);
+          picked[m] = _mm256_blendv_epi8(picked[m], read, lanes);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.row(m)), picked[m]);
+        }
+        out.data += step.advance;
       }
     }
 #endif
   }
 
-  const int64_t* list_ = nullptr;
-  int64_t count_ = 0;
-  int64_t width_ = 0;
-  std::array<std::pair<int64_t, int64_t>, 2> ranges_{};
-  c10::SmallVector<uint64_t, 64> masks_; // of 4,096 features before it needs the heap
+ private:
+  // Lanes of the result that come from the vector of x at ``from``, and which of its lanes they are.
+  struct Step {
+    int64_t from;
+    int64_t advance; // of the result afterwards: 0 until a vector of it is complete
+    uint32_t lanes;
+    std::array<Index, SIZE> places;
+  };
+
+  c10::SmallVector<Step, 0> steps_;
 };
 
 // Where the token m of x [*, E] begins.

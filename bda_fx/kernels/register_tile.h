@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include "features.h"
+
 #include <ATen/cpu/vec/vec.h>
 #include <c10/macros/Macros.h>
 #include <c10/util/SmallVector.h>
@@ -55,23 +57,6 @@ constexpr bool READS = std::is_same_v<T, float>
 // Sums of a tile, in registers: all loops over them are unrolled.
 template <int M, int N>
 using Sums = Wide[M][N];
-
-#if defined(__clang__)
-#define BDA_FX_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define BDA_FX_UNROLL _Pragma("GCC unroll 8")
-#endif
-
-// A matrix whose rows are ``stride`` apart.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t stride;
-
-  T* row(int64_t i) const { return data + i * stride; }
-  Matrix from(int64_t i) const { return {row(i), stride}; }
-  Matrix columns(int64_t j) const { return {data + j, stride}; }
-};
 
 // -- what is added --------------------------------------------------------------------------------
 
@@ -251,7 +236,7 @@ template <bool WRITTEN, typename T>
 C10_ALWAYS_INLINE void fetch(Matrix<T> rows, int64_t count, int64_t bytes) {
   for (int64_t i = 0; i < count; ++i) {
     const char* row = reinterpret_cast<const char*>(rows.row(i));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITTEN, 3);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, WRITTEN, WRITTEN ? 3 : 2);
   }
 }
 
