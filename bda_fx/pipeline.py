@@ -28,6 +28,7 @@ from bda_fx.passes.renew_values import renew_values
 from bda_fx.passes.rewrite_graph import rewrite_graph
 from bda_fx.passes.sites import Plan
 from bda_fx.passes.transform_weights import transform_weights
+from bda_fx.prepare_inductor import beside_inductor
 from bda_fx.profitability import Offer, choose_forms, offer_aten, spelling_of
 
 REUSE = 0.8
@@ -55,7 +56,7 @@ def find_and_plan(
         found = find_sites(program, opaque_cache=opaque)
     with step("find folds"):
         folds = find_folds(program, found)
-    with step("estimate shares"):
+    with step("estimate shares"), beside_inductor():
         # What a cache holds must not depend on the graph, nor on the sizes of its inputs.
         # Nor are shares of rounding noise those of quantised weights.
         unknown = opaque or options.basis_size != "auto" or options.optimize_for is not None

@@ -15,6 +15,8 @@ import logging
 import threading
 from collections.abc import Iterator
 
+import torch
+
 log = logging.getLogger("bda_fx")
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
@@ -36,6 +38,21 @@ def wait_for_inductor() -> None:
     thread = _thread
     if thread is not None:
         thread.join()
+
+
+@contextlib.contextmanager
+def beside_inductor() -> Iterator[None]:
+    """While Inductor is prepared, operations have a thread less: that of the compiler needs a
+    processor too, and what is shared between threads takes as long as the slowest of them."""
+    threads = torch.get_num_threads()
+    spare = threads > 1 and _thread is not None and _thread.is_alive()
+    if spare:
+        torch.set_num_threads(threads - 1)
+    try:
+        yield
+    finally:
+        if spare:
+            torch.set_num_threads(threads)
 
 
 def _begin() -> None:

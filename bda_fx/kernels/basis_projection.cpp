@@ -142,7 +142,7 @@ bool multiplies_pairs() {
 template <typename T>
 bool has_brgemm() {
   static const bool found = [] {
-#if !defined(__AVX512BF16__)
+#if !defined(BDA_FX_DOT_BF16)
     if (std::is_same_v<T, at::BFloat16> && !blas::could_pack(at::kBFloat16)) return false;
 #endif
     if (std::is_same_v<T, at::Half> && !blas::could_pack(at::kHalf)) return false;

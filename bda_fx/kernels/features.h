@@ -12,7 +12,8 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX2__)
+// What a vector of ATen's is decides, not what the compiler could do besides.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -107,7 +108,7 @@ class Features {
 // from one vector of x is one permutation of it. Worth its preparation for many rows.
 template <typename T>
 class Shuffle {
-#if defined(__AVX512F__)
+#if defined(CPU_CAPABILITY_AVX512)
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
   static constexpr int64_t SIZE = 64 / sizeof(T); // lanes of a vector
 #else
@@ -118,9 +119,9 @@ class Shuffle {
  public:
   // Whether this CPU permutes lanes of T.
   static constexpr bool EXISTS =
-#if defined(__AVX512BW__)
+#if defined(CPU_CAPABILITY_AVX512)
       true;
-#elif defined(__AVX2__)
+#elif defined(CPU_CAPABILITY_AVX2)
       sizeof(T) == 4;
 #else
       false;
@@ -146,7 +147,7 @@ class Shuffle {
   // of each.
   template <int ROWS>
   void pick(Matrix<const T> rows, Matrix<T> out) const {
-#if defined(__AVX512F__)
+#if defined(CPU_CAPABILITY_AVX512)
     __m512i picked[ROWS] = {};
     for (const Step& step : steps_) {
       const __m512i places = _mm512_loadu_si512(step.places.data());
@@ -157,15 +158,13 @@ class Shuffle {
           const auto lanes = static_cast<__mmask16>(step.lanes);
           picked[m] = _mm512_mask_permutexvar_epi32(picked[m], lanes, places, read);
         } else {
-#if defined(__AVX512BW__)
           picked[m] = _mm512_mask_permutexvar_epi16(picked[m], step.lanes, places, read);
-#endif
         }
         _mm512_storeu_si512(out.row(m), picked[m]);
       }
       out.data += step.advance;
     }
-#elif defined(__AVX2__)
+#elif defined(CPU_CAPABILITY_AVX2)
     if constexpr (sizeof(T) == 4) {
       const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
       __m256i picked[ROWS] = {};

@@ -20,18 +20,18 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace bda_fx {
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+#define BDA_FX_DOT_BF16 // dot products of pairs
+#endif
 
 using Wide = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Wide::size();
 
 // Registers of a tile: ROWS · VECTORS for sums, VECTORS for a row of the panel and one for a factor.
 constexpr int ROWS = 6;
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 constexpr int VECTORS = 4; // of 32 registers
 #else
 constexpr int VECTORS = 2; // of 16
@@ -41,7 +41,7 @@ constexpr int64_t WIDTH = VECTORS * LANES;
 // Whether tiles are multiplied in P: bfloat16 in pairs where there is no faster unit for matrices.
 template <typename P>
 constexpr bool MULTIPLIES = std::is_same_v<P, float>
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(BDA_FX_DOT_BF16) && !defined(__AMX_BF16__)
     || std::is_same_v<P, at::BFloat16>
 #endif
     ;
@@ -49,7 +49,7 @@ constexpr bool MULTIPLIES = std::is_same_v<P, float>
 // Whether lanes of T are read by mask as they are; else they are float32.
 template <typename T>
 constexpr bool READS = std::is_same_v<T, float>
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(CPU_CAPABILITY_AVX512)
     || true
 #endif
     ;
@@ -63,17 +63,15 @@ using Sums = Wide[M][N];
 // from[j] for the lanes j in ``mask``, 0 for others, which are not read.
 template <typename B>
 C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
-#if defined(__AVX512F__)
+#if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<B, float>) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
   } else {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
     const __m256i read = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
     if constexpr (std::is_same_v<B, at::Half>) return _mm512_cvtph_ps(read);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
-#endif
   }
-#elif defined(__AVX2__)
+#elif defined(CPU_CAPABILITY_AVX2)
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits);
   return _mm256_maskload_ps(from, _mm256_cmpeq_epi32(set, bits));
@@ -112,7 +110,7 @@ struct Addends {
 template <typename T>
 C10_ALWAYS_INLINE at::vec::Vectorized<T> narrow(const Wide& low, const Wide& high) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-#if defined(__AVX512BF16__)
+#if defined(BDA_FX_DOT_BF16)
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 #else
     return at::vec::convert_float_bfloat16(low, high);
@@ -176,7 +174,7 @@ C10_ALWAYS_INLINE void add_products(
         BDA_FX_UNROLL
         for (int j = 0; j < N; ++j) sums[i][j] = at::vec::fmadd(factor, row[j], sums[i][j]);
       }
-#if defined(__AVX512BF16__)
+#if defined(BDA_FX_DOT_BF16)
       else {
         int32_t two;
         std::memcpy(&two, a.row(i) + k, sizeof two);
@@ -197,7 +195,7 @@ C10_ALWAYS_INLINE void add_products(
 template <int M, int N, typename P>
 C10_ALWAYS_INLINE void multiply(
     Matrix<const P> a, Matrix<const P> panel, int64_t inner, int64_t run, Sums<M, N>& sums) {
-  float totals[M][N * LANES];
+  alignas(ALIGN) float totals[M][N * LANES];
   for (int64_t k = 0;; k += run) {
     BDA_FX_UNROLL
     for (int i = 0; i < M; ++i) {

@@ -11,7 +11,7 @@ import torch
 import bda_fx.backend as backend
 import bda_fx.prepare_inductor as module
 from bda_fx.pause_collector import collector_paused
-from bda_fx.prepare_inductor import inductor_prepared, wait_for_inductor
+from bda_fx.prepare_inductor import beside_inductor, inductor_prepared, wait_for_inductor
 from tests.programs import Attention, B, E, S, randn
 
 
@@ -71,9 +71,19 @@ def test_inductor_is_prepared_once_by_a_thread(
         pass
     assert module._thread is None
     options = torch._inductor.config.patch({"cpp.vec_isa_ok": False})
-    with options, inductor_prepared(True):
-        assert not asked  # the block goes on meanwhile
-        go.set()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with options, inductor_prepared(True):
+            assert not asked  # the block goes on meanwhile
+            with beside_inductor():
+                assert torch.get_num_threads() == 2  # one is the compiler's
+            assert torch.get_num_threads() == 3
+            go.set()
+        with beside_inductor():
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert asked == ["isa False", "key"]
     with inductor_prepared(True):
         pass
