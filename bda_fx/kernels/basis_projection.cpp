@@ -251,7 +251,8 @@ class Projection {
     if constexpr (std::is_same_v<T, P>) {
       if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
     }
-    return {buffers().rest.get<P>(block_ * rest_stride_), rest_stride_};
+    const Matrix<P> packed = rest_buffer();
+    return {packed.data, packed.stride};
   }
 
   Matrix<const B> basis(int64_t block) const {
@@ -260,41 +261,48 @@ class Projection {
         return {x_ + rows_.offset(block * block_) + basis_.first(), basis_stride_};
       }
     }
+    const Matrix<B> packed = basis_buffer();
+    return {packed.data, packed.stride};
+  }
+
+  Matrix<P> rest_buffer() const {
+    return {buffers().rest.get<P>(block_ * rest_stride_), rest_stride_};
+  }
+
+  Matrix<B> basis_buffer() const {
     return {buffers().basis.get<B>(block_ * basis_stride_), basis_stride_};
   }
 
   // x_R and x_B of a block of tokens, to the buffers of this thread.
   void gather(int64_t block) {
     if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
-    P* rest = rest_in_place_ ? nullptr : buffers().rest.get<P>(block_ * rest_stride_);
-    B* basis = basis_in_place_ ? nullptr : buffers().basis.get<B>(block_ * basis_stride_);
     // Some rows at a time, while they are in the L1 cache.
     const int64_t some = step_ > 0 ? 2 * AT_ONCE : 1;
     for (int64_t m = 0; m < tokens_of(block); m += some) {
       const int64_t count = std::min(some, tokens_of(block) - m);
       const Matrix<const T> rows{x_ + rows_.offset(block * block_ + m), step_};
-      const Matrix<P> to_rest{rest_in_place_ ? nullptr : rest + m * rest_stride_, rest_stride_};
-      const Matrix<B> to_basis{basis_in_place_ ? nullptr : basis + m * basis_stride_, basis_stride_};
       if (WIDENS && (!rest_shuffle_.empty() || !basis_shuffle_.empty())) {
         const Matrix<float> wide{buffers().wide.get<float>(some * width_), width_};
         for (int64_t i = 0; i < count; ++i) at::vec::convert(rows.row(i), wide.row(i), width_);
-        split(Matrix<const float>{wide.data, width_}, count, 1, to_rest, to_basis);
+        split(Matrix<const float>{wide.data, width_}, m, count, 1);
       } else {
-        split(rows, count, stride_, to_rest, to_basis);
+        split(rows, m, count, stride_);
       }
     }
   }
 
-  // x_R and x_B of some tokens, each where it is wanted.
+  // x_R and x_B of ``count`` tokens, the ``first`` of a block and those after it, unless in place.
   template <typename V>
-  void split(
-      Matrix<const V> rows, int64_t count, int64_t stride, Matrix<P> rest, Matrix<B> basis) const {
+  void split(Matrix<const V> rows, int64_t first, int64_t count, int64_t stride) const {
     if (!rest_in_place_) {
+      const Matrix<P> rest = rest_buffer().from(first);
       pick(rest_, rest_shuffle_, rows, count, stride, rest);
       // A row of coefficients is padded with zeros, which must not meet an infinity.
       for (int64_t m = 0; m < count && inner_ > rest_.count(); ++m) rest.row(m)[inner_ - 1] = P(0);
     }
-    if (!basis_in_place_) pick(basis_, basis_shuffle_, rows, count, stride, basis);
+    if (!basis_in_place_) {
+      pick(basis_, basis_shuffle_, rows, count, stride, basis_buffer().from(first));
+    }
   }
 
   template <typename V, typename U>
@@ -347,7 +355,7 @@ class Projection {
       finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
         if (next && at == 0) fetch_x(block + 1, i);
         const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
-        bda_fx::multiply(a.from(i), columns, inner_, run_, sums);
+        multiply_tile(a.from(i), columns, inner_, run_, sums);
       });
     } else if (brgemm_ && inner_ > 0) {
       const Matrix<float> products{buffers().sums.get<float>(block_ * panel_), panel_};
@@ -369,7 +377,7 @@ class Projection {
         }
       }
       finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
-        bda_fx::multiply(left.from(i), right.columns(at), inner_, run_, sums);
+        multiply_tile(left.from(i), right.columns(at), inner_, run_, sums);
       });
     }
   }

@@ -39,6 +39,15 @@ struct Matrix {
   Matrix columns(int64_t j) const { return {data + j, stride}; }
 };
 
+#if defined(CPU_CAPABILITY_AVX2)
+// All bits of the lanes j of eight for which bit j of ``lanes`` is set.
+inline __m256i mask_of(uint32_t lanes) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bits);
+  return _mm256_cmpeq_epi32(set, bits);
+}
+#endif
+
 // Elements of a cache line.
 template <typename T>
 constexpr int64_t lanes() { return ALIGN / static_cast<int64_t>(sizeof(T)); }
@@ -166,14 +175,11 @@ class Shuffle {
     }
 #elif defined(CPU_CAPABILITY_AVX2)
     if constexpr (sizeof(T) == 4) {
-      const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
       __m256i picked[ROWS] = {};
       for (const Step& step : steps_) {
         const __m256i places =
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(step.places.data()));
-        const __m256i set =
-            _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(step.lanes)), bits);
-        const __m256i lanes = _mm256_cmpeq_epi32(set, bits);
+        const __m256i lanes = mask_of(step.lanes);
         BDA_FX_UNROLL
         for (int m = 0; m < ROWS; ++m) {
           const auto* from = reinterpret_cast<const __m256i*>(rows.row(m) + step.from);

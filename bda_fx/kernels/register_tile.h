@@ -72,9 +72,7 @@ C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
   }
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits);
-  return _mm256_maskload_ps(from, _mm256_cmpeq_epi32(set, bits));
+  return _mm256_maskload_ps(from, mask_of(mask));
 #else
   float read[LANES] = {};
   for (int64_t j = 0; j < LANES; ++j) {
@@ -193,7 +191,7 @@ C10_ALWAYS_INLINE void add_products(
 // sums = A [M, K] × panel [K, N · LANES]: ``run`` products are summed at a time, and these sums in
 // order.
 template <int M, int N, typename P>
-C10_ALWAYS_INLINE void multiply(
+C10_ALWAYS_INLINE void multiply_tile(
     Matrix<const P> a, Matrix<const P> panel, int64_t inner, int64_t run, Sums<M, N>& sums) {
   alignas(ALIGN) float totals[M][N * LANES];
   for (int64_t k = 0;; k += run) {
