@@ -9,6 +9,7 @@ On CUDA, Inductor's own benchmarker times them (not tried: there was no GPU).
 from __future__ import annotations
 
 import hashlib
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bda_fx.passes.emit_node import emit
 from bda_fx.passes.emit_projection import Spelling
-from bda_fx.passes.forms import Form, basis_key, bias_key, weight_key
+from bda_fx.passes.forms import Arrangement, Form, arrangement_of, basis_key, bias_key, weight_key
 from bda_fx.passes.rewrite_graph import rewrite_linear
 from bda_fx.passes.sites import Linear, Plan
 from bda_fx.timing_cache import TimingCache
@@ -42,12 +44,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a linear: its form and spelling. ``plan`` has the linear's sites alone."""
+    """One way to compute a linear: its form and spelling. ``plan`` has the linear's sites alone.
+
+    ``joined``: its pieces have to be put together, as some reader needs them all.
+    """
 
     name: str
     spelling: Spelling
     form: Form
     plan: Plan
+    joined: bool = False
 
     def layout(self, fixed_rows: bool) -> str:
         """A hash of all of the form that its time may depend on, whatever its names are."""
@@ -63,7 +69,8 @@ class Candidate:
             )
             for piece in self.form.pieces
         ]
-        return hashlib.sha256(repr((parts, self.form.heads)).encode()).hexdigest()[:16]
+        described = (parts, self.form.heads, self.joined)
+        return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
 def _window(rows: Sequence[int]) -> int | None:
@@ -221,6 +228,9 @@ def _rewritten(
     """The same graph with the linear in a candidate's form, and random derived tensors."""
     module, inputs = _linear(case, x, weight, bias)
     (node,) = module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    arrangement = arrangement_of(candidate.form)
+    if arrangement is not None and len(arrangement.order) > 1 and not candidate.joined:
+        _take_apart(module.graph, node, arrangement)
     derived = _derived(case, candidate.form, bias is not None, random)
     rewritten = rewrite_linear(
         module.graph,
@@ -236,6 +246,18 @@ def _rewritten(
     module.graph.eliminate_dead_code()
     module.recompile()
     return module, [*(tensors[key] for key in rewritten.inputs), *inputs]
+
+
+def _take_apart(graph: fx.Graph, node: fx.Node, arrangement: Arrangement) -> None:
+    """Let the graph give the pieces of its linear instead of all of it."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        sizes = [-1, arrangement.groups, sum(arrangement.widths)]
+        grouped = emit(graph, aten.view.default, node, sizes, like=node)
+        widths = list(arrangement.widths)
+        parts = emit(graph, aten.split_with_sizes.default, grouped, widths, -1, like=node)
+        found = [emit(graph, operator.getitem, parts, at, like=node) for at in range(len(widths))]
+    output.args = (tuple(found),)
 
 
 def _derived(

@@ -141,7 +141,7 @@ def _form(
             total += product("linear", rest, features) + 3 * call + moved(2 * inputs, 3 * features)
         else:
             total += product("packed", rest, features) + moved(inputs)
-    if len(form.pieces) > 1:
+    if candidate.joined:
         total += call + moved(2 * outputs)
     return total
 
@@ -175,5 +175,5 @@ def _on_cuda(case: Case, tokens: int) -> dict[str, float]:
         result[candidate.name] = math.fsum(
             seconds(linear.in_features, len(piece.features), piece.size, piece.basis not in folded)
             for piece in candidate.form.pieces
-        ) + (moved(2 * linear.out_features) if len(candidate.form.pieces) > 1 else 0.0)
+        ) + (moved(2 * linear.out_features) if candidate.joined else 0.0)
     return result

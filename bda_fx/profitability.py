@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bda_fx.measure_projection import ORIGINAL, Candidate, Case, Measure
 from bda_fx.options import Options
@@ -35,6 +35,7 @@ from bda_fx.passes.canonicalize import Program
 from bda_fx.passes.choose_sizes import example_size
 from bda_fx.passes.emit_projection import ByTokens, ChooseSpelling, Spelling
 from bda_fx.passes.forms import Form, forms_of
+from bda_fx.passes.read_parts import read_parts
 from bda_fx.passes.site_choices import skips_of
 from bda_fx.passes.sites import Plan, Reason, SitePlan, Skip, Weighed, explain_speedups
 from bda_fx.predict_projection import Predict
@@ -108,7 +109,7 @@ def choose_forms(
             x.device,
             any(bias is not None for bias in linear.biases),
             fixed_rows,
-            _candidates(plan, sites, offer(x), whole=opaque),
+            _candidates(plan, sites, [nodes[n] for n in linear.nodes], offer(x), whole=opaque),
         )
         wanted = _Tokens.of(inputs)
         chosen = _choose(case, wanted, prices[x.device], deadline, opaque)
@@ -165,9 +166,16 @@ class _Chosen:
 
 
 def _candidates(
-    plan: Plan, sites: Sequence[SitePlan], spellings: Sequence[Spelling], whole: bool
+    plan: Plan,
+    sites: Sequence[SitePlan],
+    nodes: Sequence[fx.Node],
+    spellings: Sequence[Spelling],
+    whole: bool,
 ) -> tuple[Candidate, ...]:
-    """All bases of the linear together and, unless ``whole``, each by itself, in each spelling."""
+    """All bases of the linear together and, unless ``whole``, each by itself, in each spelling.
+
+    ``nodes``: the uses of the linear.
+    """
     bases = list(dict.fromkeys(item.basis for item in sites))
     parts = [bases] if whole or len(bases) == 1 else [bases, *([basis] for basis in bases)]
     candidates = []
@@ -178,8 +186,10 @@ def _candidates(
         weight = items[0].site.linear.weight
         (form,) = (form for form in forms_of(alone) if form.linear.weight == weight)
         possible = ("aten",) if form.heads else spellings
+        joined = len(form.pieces) > 1 and any(read_parts(node, form) is None for node in nodes)
         candidates += [
-            Candidate(f"{spelled} {'+'.join(part)}", spelled, form, alone) for spelled in possible
+            Candidate(f"{spelled} {'+'.join(part)}", spelled, form, alone, joined)
+            for spelled in possible
         ]
     return tuple(candidates)
 

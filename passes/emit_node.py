@@ -41,6 +41,17 @@ def emit(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any)
     return node
 
 
+def emit_view(graph: fx.Graph, x: fx.Node, shape: Any, *, like: fx.Node) -> fx.Node:
+    """``x`` in another shape: a view, or a reshape where its strides allow none."""
+    node = emit(graph, torch.ops.aten.reshape.default, x, shape, like=like)
+    node.target = torch.ops.aten.view.default
+    try:
+        node.meta["val"] = fake_value(node, fake_mode_of(graph))
+    except (RuntimeError, ValueError):
+        node.target = torch.ops.aten.reshape.default
+    return node
+
+
 def innermost_frame(trace: str) -> str:
     """The user's innermost frame of a stack trace: saved programs store a trace for each node."""
     lines = trace.rstrip().splitlines()

@@ -5,14 +5,18 @@ The output features of a linear fall into *pieces*:
 * a dense piece: features computed as before;
 * a decomposed piece per basis: coefficients over the other inputs (the identity is no weight).
 
+Mostly they follow each other head by head, or one after the other (:class:`Arrangement`).
+
 Where the output projection is the one that is decomposed, r of its outputs are sums of the heads'
 leading features and only the other outputs have weights.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+from bda_fx.kernels.slot_pattern import period_of
 from bda_fx.passes.sites import IN, Constant, Linear, Plan, SitePlan
 
 
@@ -86,6 +90,33 @@ def forms_of(plan: Plan) -> list[Form]:
             pieces.append(Piece(features, basis, sizes[basis], tuple(chosen[f] for f in features)))
         forms.append(Form(linear, tuple(pieces)))
     return forms
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the pieces of a linear follow each other: ``order`` of them, ``groups`` times.
+
+    ``widths``, in that order: features of each piece in a group.
+    """
+
+    order: tuple[int, ...]
+    widths: tuple[int, ...]
+    groups: int
+
+
+def arrangement_of(form: Form) -> Arrangement | None:
+    """How the several pieces of a form follow each other; None where they are mixed otherwise."""
+    total = form.linear.out_features
+    owner = [0] * total
+    for at, piece in enumerate(form.pieces):
+        for feature in piece.features:
+            owner[feature] = at
+    period = period_of(tuple(owner))
+    runs = [(at, len(list(same))) for at, same in itertools.groupby(owner[:period])]
+    if len({at for at, _ in runs}) < len(runs):
+        return None
+    order, widths = zip(*runs, strict=True)
+    return Arrangement(order, widths, total // period)
 
 
 def weight_key(form: Form, piece: int) -> str:

@@ -23,7 +23,6 @@ tensors, which are inputs too, so that one graph can serve layers with different
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,12 +48,14 @@ from bda_fx.passes.emit_projection import (
 from bda_fx.passes.forms import (
     Form,
     Piece,
+    arrangement_of,
     basis_key,
     bias_key,
     constant_key,
     forms_of,
     weight_key,
 )
+from bda_fx.passes.read_parts import read_parts
 from bda_fx.passes.sites import Constant, Plan
 
 aten = torch.ops.aten
@@ -138,24 +139,33 @@ class _Rewriter(DerivedInputs):
     def rewrite(self, node: fx.Node, form: Form) -> None:
         x, bias = node.args[0], (*node.args, None)[2]
         with self.graph.inserting_before(node):
-            if form.heads:
-                result = self.outputs(node, x, bias, form)
-            else:
-                spelled: list[Spelling] = [
-                    "aten" if piece.basis is None else self.spelling(x.meta["val"], form, at)
-                    for at, piece in enumerate(form.pieces)
-                ]
-                if "dense" in spelled:
-                    result = self.in_one(node, x, bias, form)
-                else:
-                    parts = [
-                        self.piece(node, x, bias, form, at, spelling)
-                        for at, spelling in enumerate(spelled)
-                    ]
-                    result = self.assemble(node, parts, form)
-        node.replace_all_uses_with(result)
-        result.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "spelled_as")})
+            results = self.results(node, x, bias, form)
+            reads = read_parts(node, form) if len(results) > 1 else None
+            if reads is None:
+                results = [self.assemble(node, results, form)]
+        for result in results:
+            result.meta.update(
+                {k: v for k, v in node.meta.items() if k not in ("val", "spelled_as")}
+            )
+        if reads is None:
+            node.replace_all_uses_with(results[0])
+        else:
+            reads.redirect(self.graph, results)
         self.graph.erase_node(node)
+
+    def results(self, node: fx.Node, x: Any, bias: Any, form: Form) -> list[fx.Node]:
+        """What the linear gives, or its pieces."""
+        if form.heads:
+            return [self.outputs(node, x, bias, form)]
+        spelled: list[Spelling] = [
+            "aten" if piece.basis is None else self.spelling(x.meta["val"], form, at)
+            for at, piece in enumerate(form.pieces)
+        ]
+        if "dense" in spelled:
+            return [self.in_one(node, x, bias, form)]
+        return [
+            self.piece(node, x, bias, form, at, spelling) for at, spelling in enumerate(spelled)
+        ]
 
     def in_one(self, node: fx.Node, x: Any, bias: Any, form: Form) -> fx.Node:
         """All pieces as one linear of the original's shape, in the new basis."""
@@ -348,24 +358,15 @@ class _Rewriter(DerivedInputs):
         """Pieces back in the order of the original output features."""
         if len(parts) == 1:
             return parts[0]
+        axis, arranged = node.meta["val"].dim() - 1, arrangement_of(form)
         total = form.linear.out_features
-        owner = [0] * total
-        for at, piece in enumerate(form.pieces):
-            for feature in piece.features:
-                owner[feature] = at
-        period = period_of(tuple(owner))
-        order = list(dict.fromkeys(owner[:period]))
-        runs = sum(a != b for a, b in itertools.pairwise(owner[:period])) + 1
-        axis = node.meta["val"].dim() - 1
-        if runs == len(order):
-            groups = total // period
-            if groups == 1:
-                return emit(
-                    self.graph, aten.cat.default, [parts[o] for o in order], axis, like=node
-                )
+        if arranged is not None and arranged.groups == 1:
+            ordered = [parts[at] for at in arranged.order]
+            return emit(self.graph, aten.cat.default, ordered, axis, like=node)
+        if arranged is not None:
             split = [
-                self.split_last(node, parts[o], (groups, len(form.pieces[o].features) // groups))
-                for o in order
+                self.split_last(node, parts[at], (arranged.groups, width))
+                for at, width in zip(arranged.order, arranged.widths, strict=True)
             ]
             joined = emit(self.graph, aten.cat.default, split, axis + 1, like=node)
             return self.split_last(node, joined, (total,), drop=2)

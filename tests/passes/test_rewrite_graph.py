@@ -89,8 +89,8 @@ def test_scattered_rows_are_gathered_once_for_each_projection() -> None:
 
 def test_one_basis_for_k_and_v_of_one_linear_is_gathered_once() -> None:
     program = rewritten(FusedAttention("chunk"), basis="first", noise_budget=1e9)
-    counts = Counter(str(n.target) for n in emitted(program))
-    assert counts["aten.slice.Tensor"] == 2
+    (x,) = (n for n in program.graph.find_nodes(op="placeholder") if n.name == "x")
+    assert sum(n.target is torch.ops.aten.slice.Tensor for n in x.users) == 2
 
 
 @pytest.mark.parametrize("order", ["chunk", "interleaved", "permuted", "strided"])
