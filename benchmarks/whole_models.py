@@ -3,9 +3,8 @@
     python benchmarks/whole_models.py [--quick] [--only NAME …]
 
 Every case is a model × dtype. Original and rewritten run in turns in one process; the original is
-plain Inductor or Inductor with freezing, whichever is faster, and named. A call is timed after one of
-the same model: whoever runs a model runs it alone, with none but its weights in the caches. The
-speed-up is the median ratio of pairs, with its 95 % interval. Beside it:
+plain Inductor or Inductor with freezing, whichever is faster, and named. The speed-up is the median
+ratio of pairs, with its 95 % interval. Beside it:
 
 * the limit of the multiplications: (all that linears and attention do) / (that less what the report
   says is saved); a model that is bound by them and by nothing else would reach it;
@@ -50,10 +49,7 @@ from examples.models import minilm, rxnfp
 SEED = 0
 DTYPES = (torch.float32, torch.bfloat16)
 LATENTS = (512, 2048, 4096, 8192)
-SECONDS = 10.0
-SETTLED = 0.5
-"""Seconds of a call from which on it passes over so much memory that the one before leaves nothing
-in the caches."""
+SECONDS = 6.0
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -254,8 +250,7 @@ def measure(case: Case, dtype: torch.dtype, options: dict[str, Any], quick: bool
         compiling = time.perf_counter() - started
         times = {name: seconds_of(calling(run)) for name, run in originals.items()}
         best = min(times, key=times.__getitem__)
-        original = calling(originals[best])
-        pair = time_pairs(case.name, original, calling(ours), SECONDS, settle=times[best] < SETTLED)
+        pair = time_pairs(case.name, calling(originals[best]), calling(ours), SECONDS)
         with FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
         share, of_share = 0.0, math.nan

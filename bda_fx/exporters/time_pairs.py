@@ -25,14 +25,8 @@ def time_pairs(
     original: Callable[[], object],
     rewritten: Callable[[], object],
     seconds: float = SECONDS,
-    *,
-    settle: bool = False,
 ) -> Timing:
-    """Median latencies of both and their ratio; the order in a pair alternates.
-
-    With ``settle`` each call that is timed follows one of its own, as where one model serves alone:
-    otherwise it finds the other's weights in the caches.
-    """
+    """Median latencies of both and their ratio; the order in a pair alternates."""
     for call in (original, rewritten, original, rewritten):
         call()
     pairs: list[tuple[float, float]] = []
@@ -40,9 +34,9 @@ def time_pairs(
     low, high = PAIRS
     while len(pairs) < low or (time.perf_counter() - start < seconds and len(pairs) < high):
         if len(pairs) % 2:
-            second, first = _timed(rewritten, settle), _timed(original, settle)
+            second, first = _timed(rewritten), _timed(original)
         else:
-            first, second = _timed(original, settle), _timed(rewritten, settle)
+            first, second = _timed(original), _timed(rewritten)
         pairs.append((first, second))
     ratios = sorted(a / b for a, b in pairs)
     k = _order(len(ratios))
@@ -56,9 +50,7 @@ def time_pairs(
     )
 
 
-def _timed(call: Callable[[], object], settle: bool) -> float:
-    if settle:
-        call()
+def _timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
