@@ -176,6 +176,13 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- measuring ------------------------------------------------------------------------------------
 
 
+def outputs_of(result: Tensor | tuple[Tensor, ...]) -> tuple[int, ...]:
+    """[tokens, F], also where pieces [tokens, groups, width] are not joined."""
+    if isinstance(result, Tensor):
+        return tuple(result.shape)
+    return len(result[0]), sum(part[0].numel() for part in result)
+
+
 class FakeTimer:
     """Runs each call once and says that all take equally long."""
 
@@ -185,7 +192,7 @@ class FakeTimer:
     def __call__(
         self, calls: Mapping[str, Callable[[], Tensor]], device: torch.device
     ) -> dict[str, float]:
-        self.shapes.append({tuple(call().shape) for call in calls.values()})
+        self.shapes.append({outputs_of(call()) for call in calls.values()})
         return dict.fromkeys(calls, 1.0)
 
 
