@@ -158,6 +158,9 @@ class Projection {
   static constexpr bool WIDENS = !std::is_same_v<T, float> && std::is_same_v<P, float> &&
       Shuffle<float>::EXISTS && !Shuffle<T>::EXISTS;
 
+  // Whether factors are read from x wherever they lie: single ones can be, pairs cannot.
+  static constexpr bool LISTS = std::is_same_v<T, float>;
+
   using B = std::conditional_t<READS<T> && !WIDENS, T, float>; // of x_B when it is added
   using S = std::conditional_t<WIDENS, float, T>; // of rows when they are split
 
@@ -210,7 +213,8 @@ class Projection {
       basis_shuffle_.prepare(basis, width_);
     }
     if (stride_ == 1 && step_ >= width_) {
-      rest_in_place_ = std::is_same_v<T, P> && inner_ == rest_.count() && rest_.consecutive();
+      rest_in_place_ = std::is_same_v<T, P> && inner_ == rest_.count() &&
+          (rest_.consecutive() || (LISTS && rest_.list() != nullptr));
       basis_in_place_ = std::is_same_v<T, B> && basis_.consecutive();
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
@@ -249,7 +253,10 @@ class Projection {
   // Rows of x_R and of x_B for a block of tokens: x itself, or what ``gather`` packed.
   Matrix<const P> rest(int64_t block) const {
     if constexpr (std::is_same_v<T, P>) {
-      if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
+      if (rest_in_place_) {
+        const int64_t first = rest_.list() == nullptr ? rest_.first() : 0;
+        return {x_ + rows_.offset(block * block_) + first, rest_stride_};
+      }
     }
     const Matrix<P> packed = rest_buffer();
     return {packed.data, packed.stride};
@@ -352,11 +359,17 @@ class Projection {
     const Matrix<const P> factors{packed_ + panel * inner_ * panel_, panel_};
     const int64_t m = tokens_of(block);
     if constexpr (MULTIPLIES<P>) {
-      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
-        if (next && at == 0) fetch_x(block + 1, i);
-        const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
-        multiply_tile(a.from(i), columns, inner_, run_, sums);
-      });
+      const auto from = [&](auto places) {
+        finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+          if (next && at == 0) fetch_x(block + 1, i);
+          const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
+          multiply_tile(a.from(i), places, columns, inner_, run_, sums);
+        });
+      };
+      if constexpr (LISTS) {
+        if (rest_in_place_ && rest_.list() != nullptr) return from(Listed{rest_.list()});
+      }
+      from(InOrder());
     } else if (brgemm_ && inner_ > 0) {
       const Matrix<float> products{buffers().sums.get<float>(block_ * panel_), panel_};
       for (int64_t k = 0; k < inner_; k += run_) {
@@ -377,7 +390,7 @@ class Projection {
         }
       }
       finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
-        multiply_tile(left.from(i), right.columns(at), inner_, run_, sums);
+        multiply_tile(left.from(i), InOrder(), right.columns(at), inner_, run_, sums);
       });
     }
   }

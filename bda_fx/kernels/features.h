@@ -81,6 +81,9 @@ class Features {
     return list_ == nullptr && (one.first == one.second || two.first == two.second);
   }
 
+  // The list, if they are one.
+  const int64_t* list() const { return list_; }
+
   // The list if they are one, in ascending order.
   const int64_t* ascending_list() const { return ascending_ ? list_ : nullptr; }
 
@@ -144,12 +147,13 @@ class Shuffle {
     for (int64_t i = 0; i < features.count(); ++i) {
       const int64_t lane = i % SIZE, from = std::min(list[i] / SIZE * SIZE, width - SIZE);
       if (lane == 0 || steps_.back().from != from) {
-        if (lane == 0 && i > 0) steps_.back().advance = SIZE;
-        steps_.push_back({from, 0, 0, {}});
+        if (lane == 0 && i > 0) steps_.back().last = true;
+        steps_.push_back({from, false, 0, {}});
       }
       steps_.back().lanes |= uint32_t{1} << lane;
       steps_.back().places[lane] = static_cast<Index>(list[i] - from);
     }
+    if (!steps_.empty()) steps_.back().last = true;
   }
 
   // out[m][i] = row m [feature i] for some rows at once. May write up to a vector beyond the last one
@@ -169,9 +173,11 @@ class Shuffle {
         } else {
           picked[m] = _mm512_mask_permutexvar_epi16(picked[m], step.lanes, places, read);
         }
-        _mm512_storeu_si512(out.row(m), picked[m]);
       }
-      out.data += step.advance;
+      if (!step.last) continue;
+      BDA_FX_UNROLL
+      for (int m = 0; m < ROWS; ++m) _mm512_storeu_si512(out.row(m), picked[m]);
+      out.data += SIZE;
     }
 #elif defined(CPU_CAPABILITY_AVX2)
     if constexpr (sizeof(T) == 4) {
@@ -185,9 +191,13 @@ class Shuffle {
           const auto* from = reinterpret_cast<const __m256i*>(rows.row(m) + step.from);
           const __m256i read = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(from), places);
           picked[m] = _mm256_blendv_epi8(picked[m], read, lanes);
+        }
+        if (!step.last) continue;
+        BDA_FX_UNROLL
+        for (int m = 0; m < ROWS; ++m) {
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.row(m)), picked[m]);
         }
-        out.data += step.advance;
+        out.data += SIZE;
       }
     }
 #endif
@@ -197,7 +207,7 @@ class Shuffle {
   // Lanes of the result that come from the vector of x at ``from``, and which of its lanes they are.
   struct Step {
     int64_t from;
-    int64_t advance; // of the result afterwards: 0 until a vector of it is complete
+    bool last; // of those of a vector of the result
     uint32_t lanes;
     std::array<Index, SIZE> places;
   };

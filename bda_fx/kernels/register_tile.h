@@ -156,10 +156,29 @@ C10_ALWAYS_INLINE void finish(
 
 // -- products -------------------------------------------------------------------------------------
 
-// sums += A [M, count] × panel [count, N · LANES], in order. 16-bit factors lie in pairs.
-template <int M, int N, typename P>
+// Where the factors A [M, K] lie in rows of x: one after the other.
+struct InOrder {
+  template <typename P>
+  static Matrix<const P> skip(Matrix<const P> x, int64_t count) { return x.columns(count); }
+  InOrder after(int64_t) const { return {}; }
+  int64_t operator[](int64_t k) const { return k; }
+};
+
+// Or at the listed places of each row.
+struct Listed {
+  const int64_t* places;
+
+  template <typename P>
+  static Matrix<const P> skip(Matrix<const P> x, int64_t) { return x; }
+  Listed after(int64_t count) const { return {places + count}; }
+  int64_t operator[](int64_t k) const { return places[k]; }
+};
+
+// sums += A [M, count] × panel [count, N · LANES], in order, A at some places of the rows of x.
+// 16-bit factors lie in pairs.
+template <int M, int N, typename P, typename Places>
 C10_ALWAYS_INLINE void add_products(
-    Matrix<const P> a, Matrix<const P> panel, int64_t count, Sums<M, N>& sums) {
+    Matrix<const P> x, Places places, Matrix<const P> panel, int64_t count, Sums<M, N>& sums) {
   constexpr int64_t terms = std::is_same_v<P, float> ? 1 : 2;
   for (int64_t k = 0; k < count; k += terms) {
     Wide row[N];
@@ -168,14 +187,14 @@ C10_ALWAYS_INLINE void add_products(
     BDA_FX_UNROLL
     for (int i = 0; i < M; ++i) {
       if constexpr (std::is_same_v<P, float>) {
-        const Wide factor(a.row(i)[k]);
+        const Wide factor(x.row(i)[places[k]]);
         BDA_FX_UNROLL
         for (int j = 0; j < N; ++j) sums[i][j] = at::vec::fmadd(factor, row[j], sums[i][j]);
       }
 #if defined(BDA_FX_DOT_BF16)
       else {
         int32_t two;
-        std::memcpy(&two, a.row(i) + k, sizeof two);
+        std::memcpy(&two, x.row(i) + places[k], sizeof two);
         const auto factors = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
         BDA_FX_UNROLL
         for (int j = 0; j < N; ++j) {
@@ -190,9 +209,10 @@ C10_ALWAYS_INLINE void add_products(
 
 // sums = A [M, K] × panel [K, N · LANES]: ``run`` products are summed at a time, and these sums in
 // order.
-template <int M, int N, typename P>
+template <int M, int N, typename P, typename Places>
 C10_ALWAYS_INLINE void multiply_tile(
-    Matrix<const P> a, Matrix<const P> panel, int64_t inner, int64_t run, Sums<M, N>& sums) {
+    Matrix<const P> x, Places places, Matrix<const P> panel, int64_t inner, int64_t run,
+    Sums<M, N>& sums) {
   alignas(ALIGN) float totals[M][N * LANES];
   for (int64_t k = 0;; k += run) {
     BDA_FX_UNROLL
@@ -200,7 +220,7 @@ C10_ALWAYS_INLINE void multiply_tile(
       BDA_FX_UNROLL
       for (int j = 0; j < N; ++j) sums[i][j] = Wide(0.0f);
     }
-    add_products<M, N>(a.columns(k), panel.from(k), std::min(run, inner - k), sums);
+    add_products<M, N>(places.skip(x, k), places.after(k), panel.from(k), std::min(run, inner - k), sums);
     if (k > 0) {
       BDA_FX_UNROLL
       for (int i = 0; i < M; ++i) {
