@@ -166,7 +166,7 @@ class Projection {
 
   // Tokens from which on it pays to prepare shuffles.
   static constexpr int64_t MANY = 32;
-  static constexpr int AT_ONCE = 4; // rows that are shuffled
+  static constexpr int AT_ONCE = 8; // rows that are shuffled
 
  public:
   Projection(
@@ -284,7 +284,7 @@ class Projection {
   void gather(int64_t block) {
     if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
     // Some rows at a time, while they are in the L1 cache.
-    const int64_t some = step_ > 0 ? 2 * AT_ONCE : 1;
+    const int64_t some = step_ > 0 ? AT_ONCE : 1;
     for (int64_t m = 0; m < tokens_of(block); m += some) {
       const int64_t count = std::min(some, tokens_of(block) - m);
       const Matrix<const T> rows{x_ + rows_.offset(block * block_ + m), step_};
