@@ -44,9 +44,9 @@ _SLICES, _SELECTS = overloads("slice.Tensor"), overloads("select.int")
 # Axes in another order, or more or fewer of size one: followed by trying them on a shape.
 _ORDERS = overloads(
     "transpose.int", "t.default", "permute", "movedim", "swapaxes", "swapdims", "numpy_T", "mT",
-    "unsqueeze", "squeeze.dim", "squeeze.dims", "clone", "contiguous", "alias", "detach",
-    "_to_copy", "to.dtype",
+    "unsqueeze", "squeeze.dim", "squeeze.dims",
 )  # fmt: skip
+_COPIES = overloads("clone", "contiguous", "alias", "detach", "_to_copy", "to.dtype")
 _MARK = 7919
 """A size that no other axis of a tried shape has."""
 
@@ -169,7 +169,10 @@ def _taken(reader: fx.Node, value: _Value) -> list[tuple[fx.Node, _Value]] | Non
     if value.viewed:
         return None
     after = None
-    if target in _ORDERS:
+    if target in _COPIES:
+        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
+        after = replace(value, parts=parts)
+    elif target in _ORDERS:
         after = _reordered(reader, value)
     elif target in _SLICES:
         after = _sliced(reader, value)
@@ -244,8 +247,9 @@ def _view(reader: fx.Node, axis: int, size: int) -> Apply:
 
 
 def _reordered(reader: fx.Node, value: _Value) -> _Value | None:
-    """Axes in another order, or more or fewer of size one; or copied as they are."""
-    tried = [2 + at if size != 1 else 1 for at, size in enumerate(value.shape)]
+    """Axes in another order, or more or fewer of size one."""
+    ones = [isinstance(size, int) and size == 1 for size in value.shape]
+    tried = [1 if one else 2 + at for at, one in enumerate(ones)]
     tried[value.axis] = _MARK
     target: Any = reader.target
     sizes = target(torch.empty(tried, device="meta"), *reader.args[1:], **reader.kwargs).shape

@@ -17,8 +17,10 @@ front, in the order of the returned names; placeholders that nobody reads any mo
 the caller to remove.
 Dimensions that were symbolic stay symbolic.
 
-Where the rows are known and contiguous, x_B and x_R are slices; else they are gathered with index
-tensors, which are inputs too, so that one graph can serve layers with different rows.
+Pieces of one linear are joined in the order of its features only for a reader that needs them all
+(``read_parts``). Where the rows are known and contiguous, x_B and x_R are slices; else they are
+gathered with index tensors, which are inputs too, so that one graph can serve layers with different
+rows.
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ def into_a_buffer(kv: Tensor) -> Any:
     return keys, heads[..., D:]
 
 
+def in_another_type(kv: Tensor) -> Any:
+    return (part.contiguous().to(kv.dtype) for part in by_views(kv.double()))
+
+
 def joins(model: nn.Module, dynamic: bool = False, options: Any = OWN_BASES) -> list[fx.Node]:
     """Concatenations that the rewritten program has along the features of a linear."""
     shapes = {"x": {1: torch.export.Dim.DYNAMIC}} if dynamic else None
@@ -77,7 +81,7 @@ def joins(model: nn.Module, dynamic: bool = False, options: Any = OWN_BASES) -> 
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("read", [by_views, by_slices, into_a_buffer])
+@pytest.mark.parametrize("read", [by_views, by_slices, into_a_buffer, in_another_type])
 def test_keys_and_values_of_one_linear_are_not_joined(read: Any, dynamic: bool) -> None:
     assert not joins(Latent(read), dynamic)
     shapes = {"x": {1: torch.export.Dim.DYNAMIC}} if dynamic else None
