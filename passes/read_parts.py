@@ -39,6 +39,7 @@ _SPLITS = overloads(
 _UNBINDS = overloads("unbind.int")
 # Of what they read, the type and the device alone.
 _NEWS = overloads("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full")
+_CHECKS = overloads("_assert_tensor_metadata")  # unless sizes are given
 _SIZES = overloads("sym_size.int")
 _SLICES, _SELECTS = overloads("slice.Tensor"), overloads("select.int")
 # Axes in another order, or more or fewer of size one: followed by trying them on a shape.
@@ -120,7 +121,7 @@ class Reads:
         for node in reversed(self.passed):
             graph.erase_node(node)
         for node in reversed(made.values()):
-            if not node.users:  # a view that was viewed again
+            if not node.users and not node.is_impure():  # a view that was viewed again
                 graph.erase_node(node)
 
 
@@ -162,17 +163,18 @@ def _taken(reader: fx.Node, value: _Value) -> list[tuple[fx.Node, _Value]] | Non
     target = reader.target
     if target in _VIEWS:
         return [(reader, _viewed(reader, value))]
-    if target in _NEWS:
+    checks = target in _CHECKS and argument(reader, "size") is argument(reader, "stride") is None
+    if target in _NEWS or checks:
         return [(reader, _alone(_Part(value.parts[0].piece, 0), reader))]
+    if target in _COPIES and not (value.viewed and "memory_format" in reader.kwargs):
+        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
+        return [(reader, replace(value, parts=parts))]
     if target in _UNFLATTENS and not (value.viewed and any(part.moves for part in value.parts)):
         return [(reader, _viewed(reader, value))]
     if value.viewed:
         return None
     after = None
-    if target in _COPIES:
-        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
-        after = replace(value, parts=parts)
-    elif target in _ORDERS:
+    if target in _ORDERS:
         after = _reordered(reader, value)
     elif target in _SLICES:
         after = _sliced(reader, value)
