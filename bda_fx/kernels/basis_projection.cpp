@@ -4,7 +4,8 @@
 //   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, W, 2]
 //
 // For each block of tokens: x_R and x_B are packed into rows, both from one read of x (the features of
-// an ascending order by permutations, a vector at a time), unless they can be read in place.
+// an ascending order by permutations, a vector at a time), unless they can be read in place: in
+// float32 x_R always can if features are one after the other, as its factors are read one by one.
 // For each panel: a few rows of x_R at a time are multiplied by it into registers, to which
 // spread(x_B) + b is added before they are rounded once into y (``register_tile.h``). Threads share
 // tokens × panels. Scratch memory belongs to the thread and is kept, so that a call allocates its
@@ -208,16 +209,16 @@ class Projection {
     rest_stride_ = round_up<P>(inner_) + lanes<P>();
     basis_stride_ = round_up<B>(basis_.count()) + lanes<B>();
     step_ = rows_.step(width_);
-    if (stride_ == 1 && tokens_ >= MANY) {
-      rest_shuffle_.prepare(rest, width_);
-      basis_shuffle_.prepare(basis, width_);
-    }
     if (stride_ == 1 && step_ >= width_) {
       rest_in_place_ = std::is_same_v<T, P> && inner_ == rest_.count() &&
           (rest_.consecutive() || (LISTS && rest_.list() != nullptr));
       basis_in_place_ = std::is_same_v<T, B> && basis_.consecutive();
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
+    }
+    if (stride_ == 1 && tokens_ >= MANY) {
+      if (!rest_in_place_) rest_shuffle_.prepare(rest, width_);
+      if (!basis_in_place_) basis_shuffle_.prepare(basis, width_);
     }
   }
 

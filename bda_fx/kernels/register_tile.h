@@ -220,7 +220,8 @@ C10_ALWAYS_INLINE void multiply_tile(
       BDA_FX_UNROLL
       for (int j = 0; j < N; ++j) sums[i][j] = Wide(0.0f);
     }
-    add_products<M, N>(places.skip(x, k), places.after(k), panel.from(k), std::min(run, inner - k), sums);
+    const int64_t count = std::min(run, inner - k);
+    add_products<M, N>(places.skip(x, k), places.after(k), panel.from(k), count, sums);
     if (k > 0) {
       BDA_FX_UNROLL
       for (int i = 0; i < M; ++i) {
