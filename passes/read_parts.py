@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from bda_fx.passes.emit_node import EMITTED, emit, emit_view
 from bda_fx.passes.forms import Form, arrangement_of
@@ -87,6 +87,14 @@ class _Value:
     axis: int
     shape: tuple[Any, ...]
     viewed: bool = False
+
+    def each(self, reader: fx.Node, axis: int | None = None) -> _Value:
+        """What ``reader`` makes of this by its own op on each part, which may move the axis."""
+        parts = tuple(part.then(reader, _same(reader)) for part in self.parts)
+        if self.viewed:
+            return replace(self, parts=parts)
+        shape = tuple(reader.meta["val"].shape)
+        return _Value(parts, self.axis if axis is None else axis, shape)
 
 
 @dataclass(frozen=True)
@@ -167,8 +175,7 @@ def _taken(reader: fx.Node, value: _Value) -> list[tuple[fx.Node, _Value]] | Non
     if target in _NEWS or checks:
         return [(reader, _alone(_Part(value.parts[0].piece, 0), reader))]
     if target in _COPIES and not (value.viewed and "memory_format" in reader.kwargs):
-        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
-        return [(reader, replace(value, parts=parts))]
+        return [(reader, value.each(reader))]
     if target in _UNFLATTENS and not (value.viewed and any(part.moves for part in value.parts)):
         return [(reader, _viewed(reader, value))]
     if value.viewed:
@@ -232,6 +239,7 @@ def _viewed(reader: fx.Node, value: _Value) -> _Value:
 
 def _view(reader: fx.Node, axis: int, size: int) -> Apply:
     """The reader's view, but for the size of an axis."""
+    given: Any = reader.args
 
     def apply(graph: fx.Graph, part: fx.Node) -> fx.Node:
         if reader.target in _UNFLATTENS:
@@ -239,33 +247,38 @@ def _view(reader: fx.Node, axis: int, size: int) -> Apply:
             sizes = list(argument(reader, "sizes"))
             sizes[axis - split] = size
             return emit(graph, reader.target, part, split, sizes, like=reader)
-        sizes = list(reader.args[1])  # type: ignore[arg-type]
+        sizes = list(given[1])
         sizes[axis] = size
-        while part.target in _VIEWS and EMITTED in part.meta:
-            part = part.args[0]  # type: ignore[assignment]
-        return emit_view(graph, part, sizes, like=reader)
+        source: Any = part
+        while source.target in _VIEWS and EMITTED in source.meta:
+            source = source.args[0]
+        return emit_view(graph, source, sizes, like=reader)
 
     return apply
 
 
 def _reordered(reader: fx.Node, value: _Value) -> _Value | None:
-    """Axes in another order, or more or fewer of size one."""
+    """Axes in another order, or more or fewer of size one; not if a part's own axis would go."""
+    target: Any = reader.target
     ones = [isinstance(size, int) and size == 1 for size in value.shape]
     tried = [1 if one else 2 + at for at, one in enumerate(ones)]
-    tried[value.axis] = _MARK
-    target: Any = reader.target
-    sizes = target(torch.empty(tried, device="meta"), *reader.args[1:], **reader.kwargs).shape
-    parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
-    return _Value(parts, sizes.index(_MARK), tuple(reader.meta["val"].shape))
+
+    def result(size: int) -> torch.Size:
+        tried[value.axis] = size
+        moved: Tensor = target(torch.empty(tried, device="meta"), *reader.args[1:], **reader.kwargs)
+        return moved.shape
+
+    sizes = result(_MARK)
+    if len(result(1)) != len(sizes):
+        return None
+    return value.each(reader, sizes.index(_MARK))
 
 
 def _sliced(reader: fx.Node, value: _Value) -> _Value | None:
     """Some of an axis: of all parts, or some of the parts."""
     dim, start, end, step = (argument(reader, name) for name in ("dim", "start", "end", "step"))
-    shape = tuple(reader.meta["val"].shape)
-    if (dim or 0) % len(shape) != value.axis:
-        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
-        return _Value(parts, value.axis, shape)
+    if (dim or 0) % len(value.shape) != value.axis:
+        return value.each(reader)
     whole = value.shape[value.axis]
     if not all(bound is None or isinstance(bound, int) for bound in (start, end)):
         return None
@@ -276,10 +289,8 @@ def _sliced(reader: fx.Node, value: _Value) -> _Value | None:
 def _selected(reader: fx.Node, value: _Value) -> _Value | None:
     """One index of an axis: of all parts, or of one of them."""
     dim, index = argument(reader, "dim") % len(value.shape), argument(reader, "index")
-    shape = tuple(reader.meta["val"].shape)
     if dim != value.axis:
-        parts = tuple(part.then(reader, _same(reader)) for part in value.parts)
-        return _Value(parts, value.axis - (dim < value.axis), shape)
+        return value.each(reader, value.axis - (dim < value.axis))
     if not isinstance(index, int):
         return None
     return _picked(reader, value, index % value.shape[dim])

@@ -254,10 +254,7 @@ class Projection {
   // Rows of x_R and of x_B for a block of tokens: x itself, or what ``gather`` packed.
   Matrix<const P> rest(int64_t block) const {
     if constexpr (std::is_same_v<T, P>) {
-      if (rest_in_place_) {
-        const int64_t first = rest_.list() == nullptr ? rest_.first() : 0;
-        return {x_ + rows_.offset(block * block_) + first, rest_stride_};
-      }
+      if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
     }
     const Matrix<P> packed = rest_buffer();
     return {packed.data, packed.stride};

@@ -87,6 +87,7 @@ class Features {
   // The list if they are one, in ascending order.
   const int64_t* ascending_list() const { return ascending_ ? list_ : nullptr; }
 
+  // Where the ranges begin; 0 for a list, whose places count from the beginning of a row.
   int64_t first() const {
     const auto& [one, two] = ranges_;
     return one.first < one.second ? one.first : two.first;

@@ -122,6 +122,16 @@ def test_a_reader_of_all_pieces_gets_them_joined() -> None:
     rewrite_in_float64(Latent(look), options=OWN_BASES)
 
 
+def test_an_axis_that_is_longer_than_one_is_kept_where_a_part_has_one_of_it() -> None:
+    def read(kv: Tensor) -> Any:
+        parts = kv.view(B, -1, 2, H, D).transpose(1, 2).squeeze(1)
+        return (part[:, 0].transpose(1, 2) for part in parts.split(1, dim=1))
+
+    model = Latent(read)
+    model.kv, model.o = nn.Linear(E, 2 * H * D), nn.Linear(H * D, E)
+    rewrite_in_float64(seeded(model), options={**FULL, "noise_budget": 1.1})
+
+
 def test_an_order_that_is_mixed_is_put_together_by_index() -> None:
     result = bda_fx.rewrite(FusedAttention("strided"), (example(),), options=OWN_BASES)
     assert len(result.report.rewritten) == 2
@@ -180,11 +190,13 @@ class Drawn:
         if likely and draw.random() < 0.6:
             dim = likely[-1]
         kind = draw.choice(["transpose", "split", "split", "slice", "select", "view", "unsqueeze",
-                            "clone", "unbind", "unflatten"])  # fmt: skip
+                            "squeeze", "clone", "unbind", "unflatten"])  # fmt: skip
         if kind == "transpose":
             self.read(self.emit(aten.transpose.int, node, dim, -1), widths, depth - 1)
         elif kind == "unsqueeze":
             self.read(self.emit(aten.unsqueeze.default, node, dim), widths, depth - 1)
+        elif kind == "squeeze":
+            self.read(self.emit(aten.squeeze.dim, node, dim), widths, depth - 1)
         elif kind == "clone":
             self.read(self.emit(aten.clone.default, node), widths, depth - 1)
         elif kind == "slice":
