@@ -106,7 +106,8 @@ fuzz: setup  ## 10,000 fuzzed modules against two oracles, some 20 minutes
 # QUICK=--quick leaves most forms out. Results of 2³¹ elements take 5 GiB, so they are tested here.
 sanitize: setup  ## the CPU kernel under the address and the thread sanitizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address $(QUICK)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address --matrix-unit $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address --variant emulated $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize address --variant brgemm $(QUICK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitize thread $(QUICK)
 	BDA_FX_LARGE=1 $(BIN)/python -m pytest tests/kernels -k beyond_32_bits
 

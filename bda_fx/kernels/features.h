@@ -37,6 +37,7 @@ struct Matrix {
   T* row(int64_t i) const { return data + i * stride; }
   Matrix from(int64_t i) const { return {row(i), stride}; }
   Matrix columns(int64_t j) const { return {data + j, stride}; }
+  operator Matrix<const T>() const requires(!std::is_const_v<T>) { return {data, stride}; }
 };
 
 #if defined(CPU_CAPABILITY_AVX2)

@@ -8,9 +8,9 @@ are derived weights like others: computed from the parameters and recomputed whe
 operator on plain coefficients packs them at each call.
 
 Packed, C [F, K] is cut into panels of W outputs, filled up with zeros: [F / W, K, W], or in pairs
-of K for the 16-bit dot products of the CPU, [F / W, K / 2, W, 2]. W is what suits the CPU's
-vectors, 32 or 64; the kernel reads either. Types that the CPU cannot multiply are packed in
-float32, which multiplies them exactly.
+of K for the 16-bit dot products of the CPU, [F / W, K / 2, W, 2], K filled up to a multiple of 32
+where it has a unit for matrices. W is what suits the CPU's vectors, 16 to 64; the kernel reads any
+of these. Types that the CPU cannot multiply are packed in float32, which multiplies them exactly.
 
     packed_projection_by_tokens(…, dense, ranges)
         = packed_projection(…)          where ranges = [first, last, first, last, …] hold the tokens
@@ -42,6 +42,8 @@ from bda_fx.kernels.build_kernel import kernel_loaded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernel computes."""
+MOST_FILLED = 32
+"""Panels are filled up to multiples of so many K at most: the depth of a unit for matrices."""
 
 library.define(
     "packed_projection(Tensor x, Tensor packed, Tensor? order, Tensor? bias, SymInt start, "
@@ -68,13 +70,13 @@ def pack(coefficients: Tensor) -> Tensor:
     pairs = torch.ops.bda_fx.packs_in_pairs(coefficients.dtype)
     dtype = coefficients.dtype if pairs else torch.float32
     out_features, inner = coefficients.shape
-    odd = inner % 2 if pairs else 0
     width = torch.ops.bda_fx.panel_width()
-    filled = F.pad(coefficients.to(dtype), (0, odd, 0, -out_features % width))
-    panels = filled.view(len(filled) // width, width, inner + odd)
+    more = -inner % torch.ops.bda_fx.panel_depth(coefficients.dtype)
+    filled = F.pad(coefficients.to(dtype), (0, more, 0, -out_features % width))
+    panels = filled.view(len(filled) // width, width, inner + more)
     if not pairs:
         return panels.mT.contiguous()
-    return panels.unflatten(-1, ((inner + odd) // 2, 2)).transpose(1, 2).contiguous()
+    return panels.unflatten(-1, ((inner + more) // 2, 2)).transpose(1, 2).contiguous()
 
 
 def unpack(packed: Tensor, out_features: int, inner: int, dtype: torch.dtype) -> Tensor:
@@ -111,9 +113,10 @@ def _fake(
     slots: Sequence[int],
     out_features: int,
 ) -> Tensor:
-    pairs = packed.dim() == 4
     rest = x.shape[-1] - size
-    inner = packed.shape[1] * 2 - rest % 2 if pairs else packed.shape[1]
+    inner = packed.shape[1:].numel() // packed.shape[2]
+    if packed.dim() == 4 and 0 <= inner - rest < MOST_FILLED:
+        inner = rest
     check_basis(x, out_features, inner, order, bias, start, size, slots)
     return x.new_empty((*x.shape[:-1], out_features))
 

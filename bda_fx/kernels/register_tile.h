@@ -38,10 +38,10 @@ constexpr int VECTORS = 2; // of 16
 #endif
 constexpr int64_t WIDTH = VECTORS * LANES;
 
-// Whether tiles are multiplied in P: bfloat16 in pairs where there is no faster unit for matrices.
+// Whether tiles are multiplied in P. BDA_FX_BRGEMM leaves 16-bit types to brgemm, for tests.
 template <typename P>
 constexpr bool MULTIPLIES = std::is_same_v<P, float>
-#if defined(BDA_FX_DOT_BF16) && !defined(__AMX_BF16__)
+#if defined(BDA_FX_DOT_BF16) && !defined(BDA_FX_BRGEMM)
     || std::is_same_v<P, at::BFloat16>
 #endif
     ;
@@ -118,15 +118,23 @@ C10_ALWAYS_INLINE at::vec::Vectorized<T> narrow(const Wide& low, const Wide& hig
   }
 }
 
-// y = sums + bias + basis features, rounded once.
-template <int M, int N, typename T, typename B>
-C10_ALWAYS_INLINE void finish(
-    Sums<M, N>& sums, const Addends& addends, Matrix<const B> basis, Matrix<T> y) {
+// sums += bias.
+template <int M, int N>
+C10_ALWAYS_INLINE void add_bias(Sums<M, N>& sums, const Addends& addends) {
   BDA_FX_UNROLL
   for (int j = 0; j < N; ++j) {
     const Wide bias = Wide::loadu(addends.bias.data() + j * LANES);
     BDA_FX_UNROLL
     for (int i = 0; i < M; ++i) sums[i][j] = sums[i][j] + bias;
+  }
+}
+
+// y = sums + basis features, rounded once.
+template <int M, int N, typename T, typename B>
+C10_ALWAYS_INLINE void finish(
+    Sums<M, N>& sums, const Addends& addends, Matrix<const B> basis, Matrix<T> y) {
+  BDA_FX_UNROLL
+  for (int j = 0; j < N; ++j) {
     for (const auto& [first, lanes] : addends.given[j]) {
       BDA_FX_UNROLL
       for (int i = 0; i < M; ++i) {
@@ -134,23 +142,27 @@ C10_ALWAYS_INLINE void finish(
       }
     }
   }
-  const auto left = [&](int64_t at, int64_t most) {
-    return std::clamp<int64_t>(addends.count - at, 0, most);
-  };
-  BDA_FX_UNROLL
-  for (int i = 0; i < M; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      BDA_FX_UNROLL
-      for (int j = 0; j < N; ++j) {
-        sums[i][j].store(y.row(i) + j * LANES, left(j * LANES, LANES));
-      }
-    } else {
-      BDA_FX_UNROLL
-      for (int j = 0; j < N; j += 2) {
-        narrow<T>(sums[i][j], sums[i][std::min(j + 1, N - 1)])
-            .store(y.row(i) + j * LANES, left(j * LANES, 2 * LANES));
+  const auto store = [&](const auto& left) {
+    BDA_FX_UNROLL
+    for (int i = 0; i < M; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        BDA_FX_UNROLL
+        for (int j = 0; j < N; ++j) sums[i][j].store(y.row(i) + j * LANES, left(j, 1));
+      } else {
+        BDA_FX_UNROLL
+        for (int j = 0; j < N; j += 2) {
+          narrow<T>(sums[i][j], sums[i][std::min(j + 1, N - 1)])
+              .store(y.row(i) + j * LANES, left(j, 2));
+        }
       }
     }
+  };
+  if (addends.count >= N * LANES && (std::is_same_v<T, float> || N > 1)) {
+    store([](int, int vectors) { return static_cast<int>(vectors * LANES); });
+  } else {
+    store([&](int j, int vectors) {
+      return static_cast<int>(std::clamp<int64_t>(addends.count - j * LANES, 0, vectors * LANES));
+    });
   }
 }
 
@@ -174,27 +186,41 @@ struct Listed {
   int64_t operator[](int64_t k) const { return places[k]; }
 };
 
+// Rows of a panel before the one that is multiplied at which it is asked for: it lies in the L2 cache.
+constexpr int64_t AHEAD = 12;
+
 // sums += A [M, count] × panel [count, N · LANES], in order, A at some places of the rows of x.
 // 16-bit factors lie in pairs.
 template <int M, int N, typename P, typename Places>
 C10_ALWAYS_INLINE void add_products(
     Matrix<const P> x, Places places, Matrix<const P> panel, int64_t count, Sums<M, N>& sums) {
   constexpr int64_t terms = std::is_same_v<P, float> ? 1 : 2;
+  const P* rows[M];
+  BDA_FX_UNROLL
+  for (int i = 0; i < M; ++i) {
+    rows[i] = x.row(i);
+    // Keep them all: to compute them anew takes units that multiply, too.
+    asm("" : "+r"(rows[i]));
+  }
   for (int64_t k = 0; k < count; k += terms) {
+    const int64_t place = places[k];
     Wide row[N];
     BDA_FX_UNROLL
-    for (int j = 0; j < N; ++j) row[j] = Wide::loadu(panel.row(k) + terms * j * LANES);
+    for (int j = 0; j < N; ++j) {
+      row[j] = Wide::loadu(panel.row(k) + terms * j * LANES);
+      __builtin_prefetch(panel.row(k + AHEAD * terms) + terms * j * LANES, 0, 3);
+    }
     BDA_FX_UNROLL
     for (int i = 0; i < M; ++i) {
       if constexpr (std::is_same_v<P, float>) {
-        const Wide factor(x.row(i)[places[k]]);
+        const Wide factor(rows[i][place]);
         BDA_FX_UNROLL
         for (int j = 0; j < N; ++j) sums[i][j] = at::vec::fmadd(factor, row[j], sums[i][j]);
       }
 #if defined(BDA_FX_DOT_BF16)
       else {
         int32_t two;
-        std::memcpy(&two, x.row(i) + places[k], sizeof two);
+        std::memcpy(&two, rows[i] + place, sizeof two);
         const auto factors = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
         BDA_FX_UNROLL
         for (int j = 0; j < N; ++j) {

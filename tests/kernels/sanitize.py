@@ -1,13 +1,14 @@
 """The CPU kernel under a sanitizer.
 
-    python -m tests.kernels.sanitize address|thread [--quick] [--matrix-unit]
+    python -m tests.kernels.sanitize address|thread [--quick] [--variant emulated|brgemm]
 
 Builds the kernel with ``-fsanitize=…``, starts itself anew with the sanitizer's runtime loaded
 first, and there calls every form in every type with strides, token counts and thread counts. The
 sanitizer ends the process with an error at what it finds. Python, torch and OpenMP are not built
 with it: the address sanitizer sees the heap all the same; for the thread sanitizer the kernel
-starts threads of its own, and what other libraries do is ignored. ``--matrix-unit``: as on a CPU
-with a unit for 16-bit matrices, which are multiplied by brgemm there.
+starts threads of its own, and what other libraries do is ignored. ``--variant emulated``: as on a
+CPU with a unit for matrices, which plain loops stand in for, so that the sanitizer sees what it
+loads; ``brgemm``: 16-bit matrices are left to oneDNN's.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ BIG = [
 ]
 
 
-MATRIX_UNIT = ("-D__AMX_BF16__",)
-"""Have the kernel leave 16-bit matrices to brgemm."""
+VARIANTS = {"": (), "emulated": ("-DBDA_FX_EMULATE_TILES",), "brgemm": ("-DBDA_FX_BRGEMM",)}
+"""Flags for ways through the kernel that depend on the CPU."""
 
 
-def flags(sanitizer: str, matrix_unit: bool) -> tuple[str, ...]:
-    return (f"-fsanitize={sanitizer}", "-O1", "-g", *(MATRIX_UNIT if matrix_unit else ()))
+def flags(sanitizer: str, variant: str) -> tuple[str, ...]:
+    return (f"-fsanitize={sanitizer}", "-O1", "-g", *VARIANTS[variant])
 
 
 def exercise(flags: tuple[str, ...], quick: bool = False) -> int:
@@ -90,9 +91,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("sanitizer", choices=RUNTIMES)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--matrix-unit", action="store_true")
+    parser.add_argument("--variant", choices=VARIANTS, default="")
     chosen = parser.parse_args()
-    chosen_flags = flags(chosen.sanitizer, chosen.matrix_unit)
+    chosen_flags = flags(chosen.sanitizer, chosen.variant)
     if os.environ.get("BDA_FX_SANITIZED") == chosen.sanitizer:
         calls = exercise(chosen_flags, chosen.quick)
         print(f"{chosen.sanitizer}: {calls} calls, by 1 and 3 threads and by 3 callers: clean")

@@ -1,0 +1,576 @@
+// A decomposed projection on CPUs: y = x_R Cᵀ + spread(x_B) + b, from one read of x.
+//
+//   x [tokens, E], any strides     packed C: panels of W output features, [panels, K, W] or,
+//   y [tokens, F], contiguous      in pairs of K for 16-bit dot products, [panels, K / 2, W, 2]
+//
+// For each block of tokens: x_R and x_B are packed into rows, both from one read of x (the features of
+// an ascending order by permutations, a vector at a time), unless they can be read in place: in
+// float32 x_R always can if features are one after the other, as its factors are read one by one.
+// For each panel: a few rows of x_R at a time are multiplied by it into registers, to which
+// spread(x_B) + b is added before they are rounded once into y (``register_tile.h``). Threads share
+// tokens × panels. Scratch memory belongs to the thread and is kept, so that a call allocates its
+// result alone.
+//
+// A CPU with a unit for matrices of bfloat16 multiplies many tokens by that, 32 at a time
+// (``matrix_tile.h``), and other 16-bit matrices that it has a unit for by oneDNN's brgemm.
+// Where coefficients were packed for instructions that this CPU lacks, blocks are multiplied in
+// float32. All index arithmetic is in int64.
+
+#pragma once
+
+#include "features.h"
+#include "matrix_tile.h"
+#include "register_tile.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#endif
+
+namespace bda_fx {
+
+namespace blas = at::native::cpublas;
+
+constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
+constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
+constexpr int64_t BLOCK_BYTES = 256 << 10; // of x_R: with a panel it stays within an L2 cache
+constexpr int64_t TOKENS_OF_UNIT = 384; // the same for a unit for matrices
+constexpr int64_t PANEL_BYTES = 768 << 10; // of panels that it has in an L2 cache
+static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0 && TOKENS_OF_UNIT % unit::ROWS == 0);
+static_assert(WIDTH % unit::SIZE == 0);
+
+// Products that are summed before they are added to what is there: sums of float32 are as near to
+// float64 as ATen's then; rounding to 16 bits hides their errors anyway.
+template <typename T>
+constexpr int64_t RUN = sizeof(T) == 4 ? 128 : 512;
+
+// body(begin, end) for parts of 0 … tasks, one for each thread.
+template <typename Body>
+void share(int64_t tasks, const Body& body) {
+#if defined(__SANITIZE_THREAD__)
+  // The sanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
+  const int64_t part = (tasks + at::get_num_threads() - 1) / at::get_num_threads();
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < tasks; begin += part) {
+    threads.emplace_back([&body, begin, end = std::min(begin + part, tasks)] { body(begin, end); });
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  at::parallel_for(0, tasks, 1, body);
+#endif
+}
+
+// -- memory of a thread ---------------------------------------------------------------------------
+
+// A buffer that grows to the largest size asked for.
+class Scratch {
+ public:
+  template <typename T>
+  T* get(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + ALIGN - 1) / ALIGN * ALIGN;
+    if (bytes > size_) {
+      data_.reset(std::aligned_alloc(ALIGN, bytes));
+      TORCH_CHECK(data_ != nullptr, "basis_projection: no memory for ", bytes, " bytes");
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+  std::unique_ptr<void, Free> data_;
+  int64_t size_ = 0;
+};
+
+struct Buffers {
+  Scratch rest, basis, sums, panel, row, wide;
+};
+
+inline Buffers& buffers() {
+  static thread_local Buffers own;
+  return own;
+}
+
+// -- products -------------------------------------------------------------------------------------
+
+// Multiply two small matrices of integers by brgemm, which are exact in every type.
+template <typename T>
+bool multiplies_pairs() {
+  constexpr int64_t m = 2, k = 4, n = 16;
+  T a[m * k], b[k * n];
+  float c[m * n], expected[m * n];
+  for (int64_t i = 0; i < m * k; ++i) a[i] = static_cast<T>(static_cast<float>(i % 5 - 2));
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      b[i / 2 * 2 * n + 2 * j + i % 2] = static_cast<T>(static_cast<float>((3 * i + j) % 7 - 3));
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      expected[i * n + j] = 1;
+      for (int64_t l = 0; l < k; ++l) {
+        expected[i * n + j] += static_cast<float>(a[i * k + l]) * ((3 * l + j) % 7 - 3);
+      }
+    }
+  }
+  std::fill_n(c, m * n, 1.0f);
+  try {
+    blas::brgemm(m, n, k, k, n, n, true, a, b, c, true);
+    blas::brgemm_release(true);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return std::equal(c, c + m * n, expected);
+}
+
+// Whether brgemm has a kernel for pairs of T here. PyTorch exports no such question, so it is tried;
+// where it would fall back to a plain loop, or oneDNN would emulate the type, no.
+template <typename T>
+bool has_brgemm() {
+  static const bool found = [] {
+#if !defined(BDA_FX_DOT_BF16)
+    if (std::is_same_v<T, at::BFloat16> && !blas::could_pack(at::kBFloat16)) return false;
+#endif
+    if (std::is_same_v<T, at::Half> && !blas::could_pack(at::kHalf)) return false;
+    return multiplies_pairs<T>();
+  }();
+  return found;
+}
+
+// One call: x of type T, multiplied in the type P of the packed coefficients.
+template <typename T, typename P>
+class Projection {
+  // Whether rows of x, which become float32 anyway, become so first: only that can be permuted.
+  static constexpr bool WIDENS = !std::is_same_v<T, float> && std::is_same_v<P, float> &&
+      Shuffle<float>::EXISTS && !Shuffle<T>::EXISTS;
+
+  // Whether factors are read from x wherever they lie: single ones can be, pairs cannot.
+  static constexpr bool LISTS = std::is_same_v<T, float>;
+
+  using B = std::conditional_t<READS<T> && !WIDENS, T, float>; // of x_B when it is added
+  using S = std::conditional_t<WIDENS, float, T>; // of rows when they are split
+
+  // Tokens from which on it pays to prepare shuffles.
+  static constexpr int64_t MANY = 32;
+  static constexpr int AT_ONCE = 8; // rows that are shuffled
+
+ public:
+  Projection(
+      const at::Tensor& x,
+      const at::Tensor& packed,
+      const Features& basis,
+      const Features& rest,
+      const T* bias,
+      at::IntArrayRef slots,
+      at::Tensor& y)
+      : x_(x.const_data_ptr<T>()),
+        width_(x.size(-1)),
+        stride_(x.stride(-1)),
+        rows_(x),
+        packed_(packed.const_data_ptr<P>()),
+        basis_(basis),
+        rest_(rest),
+        bias_(bias),
+        y_{y.mutable_data_ptr<T>(), y.size(-1)},
+        tokens_(y.numel() / y.size(-1)),
+        pairs_(packed.dim() == 4),
+        depth_(pairs_ ? 2 * packed.size(1) : packed.size(1)),
+        inner_(pairs_ ? rest.count() + rest.count() % 2 : depth_),
+        panel_(packed.size(2)),
+        period_(slots.size()),
+        unit_(has_unit()),
+        brgemm_(
+            !MULTIPLIES<P> && !unit_ && at::globalContext().userEnabledMkldnn() &&
+            has_brgemm<P>()) {
+    for (int64_t begin = 0, end = 0; begin < period_; begin = end) {
+      end = begin + 1;
+      if (slots[begin] < 0) continue;
+      while (end < period_ && slots[end] == slots[begin] + end - begin) ++end;
+      stretches_.push_back({begin, end, slots[begin]});
+    }
+    const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
+    const int64_t tile = unit_ ? unit::ROWS : ROWS, upper = unit_ ? TOKENS_OF_UNIT : TOKENS;
+    const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / row / tile * tile, tile, upper);
+    const int64_t blocks = (tokens_ + most - 1) / most;
+    block_ = ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
+    const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
+    run_ = round_up<P>((inner_ + runs - 1) / runs);
+    // Shuffled rows are written a vector at a time; lines of their own keep threads apart.
+    rest_stride_ = round_up<P>(depth_) + lanes<P>();
+    basis_stride_ = round_up<B>(basis_.count()) + lanes<B>();
+    step_ = rows_.step(width_);
+    if (stride_ == 1 && step_ >= width_) {
+      rest_in_place_ = std::is_same_v<T, P> && (unit_ ? depth_ : inner_) == rest_.count() &&
+          (rest_.consecutive() || (LISTS && rest_.list() != nullptr));
+      if (unit_ && !in_lines(x_ + rest_.first(), step_)) rest_in_place_ = false;
+      basis_in_place_ = std::is_same_v<T, B> && basis_.consecutive();
+      if (rest_in_place_) rest_stride_ = step_;
+      if (basis_in_place_) basis_stride_ = step_;
+    }
+    if (stride_ == 1 && tokens_ >= MANY) {
+      if (!rest_in_place_) rest_shuffle_.prepare(rest, width_);
+      if (!basis_in_place_) basis_shuffle_.prepare(basis, width_);
+    }
+  }
+
+  void run() {
+    const int64_t panels = (outputs() + panel_ - 1) / panel_;
+    const int64_t blocks = (tokens_ + block_ - 1) / block_;
+    share(blocks * panels, [&](int64_t begin, int64_t end) {
+      if (unit_) return run_unit(begin, end, panels);
+      int64_t gathered = -1;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task / panels, panel = task % panels;
+        if (gathered != block) gather(block);
+        gathered = block;
+        multiply(block, panel, panel + 1 == panels && task + 1 < end);
+      }
+      if (brgemm_) blas::brgemm_release(true);
+    });
+  }
+
+ private:
+  struct Stretch {
+    int64_t begin, end, slot; // of the outputs of a head
+  };
+
+  bool has_unit() const {
+    const bool packed = panel_ % unit::COLUMNS == 0 && depth_ % unit::DEPTH == 0 && inner_ > 0;
+    return TILES<P> && packed && (!MULTIPLIES<P> || tokens_ > unit::FEW) && unit::exists();
+  }
+
+  // Whether rows begin with a cache line: a unit for matrices takes three times as long to load rows
+  // that cross lines.
+  static bool in_lines(const T* rows, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(rows) % ALIGN == 0 && stride % lanes<T>() == 0;
+  }
+
+  template <typename U>
+  static int64_t round_up(int64_t count) {
+    return (count + lanes<U>() - 1) / lanes<U>() * lanes<U>();
+  }
+
+  int64_t outputs() const { return y_.stride; } // as y is contiguous
+
+  int64_t tokens_of(int64_t block) const { return std::min(block_, tokens_ - block * block_); }
+
+  // Rows of x_R and of x_B for a block of tokens: x itself, or what ``gather`` packed.
+  Matrix<const P> rest(int64_t block) const {
+    if constexpr (std::is_same_v<T, P>) {
+      if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
+    }
+    const Matrix<P> packed = rest_buffer();
+    return {packed.data, packed.stride};
+  }
+
+  Matrix<const B> basis(int64_t block) const {
+    if constexpr (std::is_same_v<T, B>) {
+      if (basis_in_place_) {
+        return {x_ + rows_.offset(block * block_) + basis_.first(), basis_stride_};
+      }
+    }
+    const Matrix<B> packed = basis_buffer();
+    return {packed.data, packed.stride};
+  }
+
+  Matrix<P> rest_buffer() const {
+    return {buffers().rest.get<P>(block_ * rest_stride_), rest_stride_};
+  }
+
+  Matrix<B> basis_buffer() const {
+    return {buffers().basis.get<B>(block_ * basis_stride_), basis_stride_};
+  }
+
+  // x_R and x_B of a block of tokens, to the buffers of this thread.
+  void gather(int64_t block) const {
+    if (rest_in_place_ && (basis_in_place_ || basis_.count() == 0)) return;
+    // Some rows at a time, while they are in the L1 cache.
+    const int64_t some = step_ > 0 ? AT_ONCE : 1;
+    for (int64_t m = 0; m < tokens_of(block); m += some) {
+      const int64_t count = std::min(some, tokens_of(block) - m);
+      const Matrix<const T> rows{x_ + rows_.offset(block * block_ + m), step_};
+      if (WIDENS && (!rest_shuffle_.empty() || !basis_shuffle_.empty())) {
+        const Matrix<float> wide{buffers().wide.get<float>(some * width_), width_};
+        for (int64_t i = 0; i < count; ++i) at::vec::convert(rows.row(i), wide.row(i), width_);
+        split(Matrix<const float>{wide.data, width_}, m, count, 1);
+      } else {
+        split(rows, m, count, stride_);
+      }
+    }
+  }
+
+  // x_R and x_B of ``count`` tokens, the ``first`` of a block and those after it, unless in place.
+  template <typename V>
+  void split(Matrix<const V> rows, int64_t first, int64_t count, int64_t stride) const {
+    if (!rest_in_place_) {
+      const Matrix<P> rest = rest_buffer().from(first);
+      pick(rest_, rest_shuffle_, rows, count, stride, rest);
+      // Coefficients are padded with zeros, which must not meet an infinity.
+      for (int64_t m = 0; m < count && depth_ > rest_.count(); ++m) {
+        std::fill(rest.row(m) + rest_.count(), rest.row(m) + depth_, P(0));
+      }
+    }
+    if (!basis_in_place_) {
+      pick(basis_, basis_shuffle_, rows, count, stride, basis_buffer().from(first));
+    }
+  }
+
+  template <typename V, typename U>
+  void pick(
+      const Features& features, const Shuffle<S>& shuffle, Matrix<const V> rows, int64_t count,
+      int64_t stride, Matrix<U> to) const {
+    if constexpr (!std::is_same_v<V, U>) {
+      const bool direct = stride == 1 && features.consecutive();
+      V* picked = direct ? nullptr : buffers().row.get<V>(round_up<V>(width_) + lanes<V>());
+      for (int64_t m = 0; m < count; ++m) {
+        if (!direct) pick(features, shuffle, rows.from(m), 1, stride, Matrix<V>{picked, 0});
+        const V* from = direct ? rows.row(m) + features.first() : picked;
+        at::vec::convert(from, to.row(m), features.count());
+      }
+    } else {
+      int64_t m = 0;
+      if constexpr (std::is_same_v<V, S>) {
+        if (!shuffle.empty()) {
+          for (; m + AT_ONCE <= count; m += AT_ONCE) {
+            shuffle.template pick<AT_ONCE>(rows.from(m), to.from(m));
+          }
+          for (; m < count; ++m) shuffle.template pick<1>(rows.from(m), to.from(m));
+        }
+      }
+      for (; m < count; ++m) features.pick(rows.row(m), stride, to.row(m));
+    }
+  }
+
+  // What is added to ``count`` outputs from ``first`` on.
+  Addends addends(int64_t first, int64_t count) const {
+    Addends added{count};
+    if (bias_ != nullptr) at::vec::convert(bias_ + first, added.bias.data(), count);
+    for (int64_t head = first / period_ * period_; head < first + count; head += period_) {
+      for (const Stretch& stretch : stretches_) {
+        const int64_t begin = std::max(head + stretch.begin - first, int64_t{0});
+        const int64_t end = std::min(head + stretch.end - first, count);
+        if (begin < end) added.give(begin, end, stretch.slot + first + begin - head - stretch.begin);
+      }
+    }
+    return added;
+  }
+
+  // The outputs of one panel for one block of tokens, from what was gathered. ``next``: this
+  // thread goes on to the next block.
+  void multiply(int64_t block, int64_t panel, bool next) const {
+    const Matrix<const P> a = rest(block);
+    const Matrix<const P> factors{packed_ + panel * depth_ * panel_, panel_};
+    const int64_t m = tokens_of(block);
+    if constexpr (MULTIPLIES<P>) {
+      const auto from = [&](auto places) {
+        finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+          if (next && at == 0) fetch_x(block + 1, i);
+          const Matrix<const P> columns = factors.columns(pairs_ ? 2 * at : at);
+          multiply_tile(a.from(i), places, columns, inner_, run_, sums);
+        });
+      };
+      if constexpr (LISTS) {
+        if (rest_in_place_ && rest_.list() != nullptr) return from(Listed{rest_.list()});
+      }
+      from(InOrder());
+    } else if (brgemm_ && inner_ > 0) {
+      const Matrix<float> products{buffers().sums.get<float>(block_ * panel_), panel_};
+      for (int64_t k = 0; k < inner_; k += run_) {
+        blas::brgemm(
+            m, panel_, std::min(run_, inner_ - k), a.stride, panel_, panel_, k > 0, a.data + k,
+            factors.row(k), products.data, true);
+      }
+      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+        load(Matrix<const float>{products.row(i) + at, panel_}, sums);
+      });
+    } else { // no products, packed for another CPU, or oneDNN was switched off since
+      float* wide = buffers().panel.get<float>(m * rest_stride_ + inner_ * panel_);
+      const Matrix<const float> left{wide, rest_stride_}, right{wide + m * rest_stride_, panel_};
+      for (int64_t i = 0; i < m; ++i, wide += rest_stride_) at::vec::convert(a.row(i), wide, inner_);
+      for (int64_t k = 0; k < inner_; ++k, wide += panel_) {
+        for (int64_t j = 0; j < panel_; ++j) {
+          wide[j] = static_cast<float>(factors.row(k / 2 * 2)[2 * j + k % 2]);
+        }
+      }
+      finish_panel(block, panel, [&](int64_t at, int64_t i, auto& sums) {
+        multiply_tile(left.from(i), InOrder(), right.columns(at), inner_, run_, sums);
+      });
+    }
+  }
+
+  // A tile of the unit for matrices: sums, and what they become outputs with.
+  struct Tile {
+    Matrix<const float> sums;
+    const Addends* added; // of each PART of its columns
+    int64_t columns;
+    Matrix<const B> features;
+    Matrix<T> y;
+    int64_t rows = 0;
+  };
+
+  static constexpr int64_t PART = std::min(WIDTH, unit::COLUMNS);
+  static constexpr int FINISHED = 4; // rows of a tile that are finished at a time
+
+  // The outputs of the tasks [begin, end), of each a panel for a block of tokens, by a unit for
+  // matrices. While the sums of a tile are computed, the tile before it is finished. As many panels as
+  // stay in an L2 cache meet some tokens, which stay in the L1 cache, one after the other, so that
+  // rows of y are written from left to right.
+  void run_unit(int64_t begin, int64_t end, int64_t panels) const {
+    unit::Configured unit;
+    const int64_t together = std::max<int64_t>(PANEL_BYTES / (depth_ * panel_ * sizeof(P)), 1);
+    std::vector<Addends> added;
+    added.reserve((outputs() + PART - 1) / PART);
+    for (int64_t at = 0; at < outputs(); at += PART) {
+      added.push_back(addends(at, std::min(outputs() - at, PART)));
+    }
+    float* sums = buffers().sums.get<float>(2 * unit::ROWS * unit::COLUMNS);
+    float* others = sums + unit::ROWS * unit::COLUMNS;
+    while (begin < end) {
+      const int64_t block = begin / panels, first = begin % panels;
+      const int64_t count = std::min(panels - first, end - begin), m = tokens_of(block);
+      gather(block);
+      Tile before;
+      for (int64_t some = 0; some < count; some += together) {
+        const int64_t left = (first + some) * panel_;
+        const int64_t right = (first + std::min(some + together, count)) * panel_;
+        for (int64_t i = 0; i < m; i += unit::ROWS) {
+          for (int64_t at = left; at < std::min(right, outputs()); at += unit::COLUMNS) {
+            const Tile tile{
+                {sums, unit::COLUMNS}, &added[at / PART], std::min(outputs() - at, unit::COLUMNS),
+                basis(block).from(i), y_.from(block * block_ + i).columns(at),
+                std::min(m - i, unit::ROWS)};
+            unit.set(tile.rows);
+            multiply_by_unit(rest(block).from(i), at, sums, tile, before);
+            std::swap(sums, others);
+            before = tile;
+          }
+        }
+      }
+      for (int64_t i = 0; i < before.rows; i += FINISHED) finish_rows(before, i);
+      begin += count;
+    }
+  }
+
+  // The sums of a tile from its rows of x_R and the panel that holds the output ``at``; meanwhile
+  // its lines of y come to the cache, and the tile before it is finished.
+  void multiply_by_unit(
+      Matrix<const P> rows, int64_t at, float* sums, const Tile& tile, const Tile& before) const {
+    if constexpr (TILES<P>) {
+      const P* panel = packed_ + at / panel_ * depth_ * panel_;
+      const unit::Factors factors{rows, {panel + 2 * (at % panel_), 2 * panel_}, depth_};
+      const int64_t steps = depth_ / unit::DEPTH; // at each, up to ``most`` rows are finished
+      const int64_t most = (unit::ROWS / FINISHED + steps - 1) / steps * FINISHED;
+      int64_t done = 0;
+      const auto meanwhile = [&]() __attribute__((always_inline)) {
+        if (done >= unit::ROWS) return;
+        fetch<true>(tile.y.from(done), std::min(most, tile.rows - done), tile.columns * sizeof(T));
+        for (int64_t i = done; i < std::min(done + most, before.rows); i += FINISHED) {
+          finish_rows(before, i);
+        }
+        done += most;
+      };
+      const float* bias = tile.added->bias.data();
+      const bool apart = PART == unit::SIZE && tile.columns > PART; // the halves of the bias
+      const float* more = apart ? tile.added[1].bias.data() : bias + unit::SIZE % PART;
+      if (tile.rows > unit::SIZE) {
+        unit::multiply_tile<true>(factors, bias, more, {sums, unit::COLUMNS}, meanwhile);
+      } else {
+        unit::multiply_tile<false>(factors, bias, more, {sums, unit::COLUMNS}, meanwhile);
+      }
+    }
+  }
+
+  // The outputs of some rows of a tile, up to FINISHED from the i-th on, from their sums.
+  C10_ALWAYS_INLINE void finish_rows(const Tile& tile, int64_t i) const {
+    const auto part = [&](auto rows, int64_t at, int64_t row) {
+      Sums<rows(), PART / LANES> sums;
+      load(tile.sums.from(row).columns(at), sums);
+      finish<rows(), PART / LANES>(
+          sums, tile.added[at / PART], tile.features.from(row), tile.y.from(row).columns(at));
+    };
+    for (int64_t at = 0; at < tile.columns; at += PART) {
+      if (tile.rows - i >= FINISHED) {
+        part(std::integral_constant<int, FINISHED>(), at, i);
+      } else {
+        for (int64_t row = i; row < tile.rows; ++row) part(std::integral_constant<int, 1>(), at, row);
+      }
+    }
+  }
+
+  // The outputs of one panel for one block of tokens: tiles of them, whose sums are
+  // set by compute(first column, first row, sums).
+  template <typename Compute>
+  void finish_panel(int64_t block, int64_t panel, const Compute& compute) const {
+    const int64_t first = panel * panel_, count = std::min(panel_, outputs() - first);
+    const Matrix<T> y = y_.from(block * block_).columns(first);
+    const Matrix<const B> features = basis(block);
+    for (int64_t at = 0; at < count; at += WIDTH) {
+      const Addends added = addends(first + at, std::min(WIDTH, count - at));
+      const auto column = [&](auto vectors) {
+        by_rows(tokens_of(block), [&](int64_t i, auto rows) {
+          const Matrix<T> to = y.from(i).columns(at);
+          fetch<true>(to, rows(), added.count * sizeof(T));
+          Sums<rows(), vectors()> sums;
+          compute(at, i, sums);
+          add_bias<rows(), vectors()>(sums, added);
+          finish<rows(), vectors()>(sums, added, features.from(i), to);
+        });
+      };
+      if (added.count <= LANES) {
+        column(std::integral_constant<int, 1>());
+      } else if (added.count <= 2 * LANES) {
+        column(std::integral_constant<int, 2>());
+      } else {
+        column(std::integral_constant<int, VECTORS>());
+      }
+    }
+  }
+
+  // Have the rows of x from the i-th token of a block on, as many as a tile has, come to the cache.
+  void fetch_x(int64_t block, int64_t i) const {
+    if (step_ == 0 || stride_ != 1) return;
+    const Matrix<const T> rows{x_ + rows_.offset(block * block_), step_};
+    const int64_t count = std::min<int64_t>(tokens_of(block) - i, ROWS);
+    fetch<false>(rows.from(i), count, width_ * sizeof(T));
+  }
+
+  const T* x_;
+  int64_t width_; // features of x
+  int64_t stride_; // from one of them to the next
+  Rows rows_;
+  int64_t step_ = 0; // from one token of x to the next, 0 if it varies
+  const P* packed_;
+  const Features& basis_;
+  const Features& rest_;
+  Shuffle<S> rest_shuffle_, basis_shuffle_; // empty if they are picked in another way
+  const T* bias_;
+  Matrix<T> y_;
+  int64_t tokens_;
+  bool pairs_;
+  int64_t depth_; // rows of a panel, with those that are zeros
+  int64_t inner_; // that are multiplied: E - r, made even for pairs
+  int64_t panel_; // its outputs
+  int64_t period_; // outputs of a head
+  c10::SmallVector<Stretch, 4> stretches_; // of these that are given consecutive basis features
+  bool unit_, brgemm_;
+  bool rest_in_place_ = false, basis_in_place_ = false; // read from x where it is
+  int64_t run_ = 1; // products that are summed before they are added to what is there
+  int64_t block_ = 1; // tokens
+  int64_t rest_stride_ = 0, basis_stride_ = 0;
+};
+
+} // namespace bda_fx
