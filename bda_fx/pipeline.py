@@ -51,7 +51,7 @@ def find_and_plan(
     """
     with step("normalize linears"):
         normalize_linears(program)
-    with step("find sites"):
+    with step("find sites"), beside_inductor():
         opaque = options.kv_cache == "opaque"
         found = find_sites(program, opaque_cache=opaque)
     with step("find folds"):

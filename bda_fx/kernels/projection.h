@@ -47,7 +47,7 @@ constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: a
 constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
 constexpr int64_t BLOCK_BYTES = 256 << 10; // of x_R: with a panel it stays within an L2 cache
 constexpr int64_t TOKENS_OF_UNIT = 384; // the same for a unit for matrices
-constexpr int64_t PANEL_BYTES = 768 << 10; // of panels that it has in an L2 cache
+constexpr int64_t PANEL_BYTES = 384 << 10; // of panels that it has in an L2 cache
 static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0 && TOKENS_OF_UNIT % unit::ROWS == 0);
 static_assert(WIDTH % unit::SIZE == 0);
 
