@@ -37,7 +37,9 @@ HOPELESS = 1.3
 MOST_WORK = 8e8
 """Multiplications of a call, for each thread. More tokens than make so many, and than 192, which is
 a block of the kernel, are not timed: the ratio of two products of many tokens does not depend on
-their number."""
+their number, once their results are larger than caches."""
+UNIT_IS_FASTER = 8
+"""How much more a CPU's unit for matrices multiplies in the same time."""
 ORIGINAL = "original"
 aten = torch.ops.aten
 
@@ -92,8 +94,13 @@ class Case:
     def timed_tokens(self, tokens: int) -> int:
         """The number of tokens that stands for ``tokens``."""
         work = self.linear.in_features * self.linear.out_features
-        most = max(192, int(MOST_WORK * torch.get_num_threads() / work))
-        return min(tokens, most)
+        at_once = torch.get_num_threads() * (UNIT_IS_FASTER if self._has_unit() else 1)
+        return min(tokens, max(192, int(MOST_WORK * at_once / work)))
+
+    def _has_unit(self) -> bool:
+        """Whether the CPU has a unit for matrices of this dtype."""
+        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
+        return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
     def key(self, tokens: int) -> str:
         """What the times of this case are kept under."""

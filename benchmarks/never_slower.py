@@ -30,7 +30,7 @@ from projection import (
     keep_freed_memory,
     medians,
 )
-from record import heading, markdown_table, provenance, write
+from record import heading, markdown_table, of_this_cpu, provenance, write
 from torch.nn import functional as F
 
 from bda_fx.kernels.packed_projection import serves
@@ -172,7 +172,7 @@ def main() -> None:
         )
     origin = provenance()
     partial = chosen.quick or bool(chosen.only)
-    write("never_slower", report(cells, origin), {**origin, "cells": cells}, quick=partial)
+    write(of_this_cpu("never_slower"), report(cells, origin), {**origin, "cells": cells}, quick=partial)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from record import heading, markdown_table, provenance, write
+from record import heading, markdown_table, of_this_cpu, provenance, write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -303,7 +303,7 @@ def main() -> None:
     origin = provenance(SEED)
     record = {**origin, "cells": cells}
     partial = chosen.quick or bool(chosen.only)
-    write("projection", report(cells, origin), record, quick=partial)
+    write(of_this_cpu("projection"), report(cells, origin), record, quick=partial)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def provenance(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """Where figures come from: machine, threads, versions (torch's always) and the seed."""
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability = torch.backends.cpu.get_cpu_capability() + (", AMX" if has_amx() else "")
     record: dict[str, Any] = {
         "device": f"cpu ({platform.machine()}, {os.cpu_count()} cores, {capability})",
         "threads": torch.get_num_threads(),
@@ -31,6 +31,16 @@ def provenance(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[
         "versions": {name: installed(name) for name in ("torch", *packages)},
     }
     return record if seed is None else {**record, "seed": seed}
+
+
+def has_amx() -> bool:
+    """Whether the CPU has a unit for matrices of bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def of_this_cpu(name: str) -> str:
+    """Name of a table of which there is one for each kind of CPU: with and without such a unit."""
+    return f"{name}_amx" if has_amx() else name
 
 
 def installed(package: str) -> str:

@@ -304,7 +304,7 @@ def row(cell: dict[str, Any]) -> list[str]:
 
 def earlier_cells(origin: dict[str, Any]) -> list[dict[str, Any]]:
     """Cells of the results, if they are of this machine and these versions."""
-    path = record.RESULTS / "whole_models.json"
+    path = record.RESULTS / f"{record.of_this_cpu('whole_models')}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     found: list[dict[str, Any]] = earlier.pop("cells", [])
     return found if earlier == json.loads(json.dumps(origin)) else []
@@ -344,7 +344,8 @@ def main() -> None:
         ]
     )
     found = {**origin, "cells": cells}
-    record.write("whole_models", text + "\n", found, quick=chosen.quick or (some and not earlier))
+    name = record.of_this_cpu("whole_models")
+    record.write(name, text + "\n", found, quick=chosen.quick or (some and not earlier))
 
 
 if __name__ == "__main__":
