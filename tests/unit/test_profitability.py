@@ -289,6 +289,18 @@ def test_many_tokens_are_not_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 192 <= shape[0] <= most
 
 
+def test_more_tokens_are_timed_on_a_unit_for_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_projection, "MOST_WORK", 3e5)
+    timed = []
+    for unit in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {"amx_bf16": unit})
+        timer = FakeTimer()
+        measured(Attention().bfloat16(), timer, example().bfloat16()[:1].expand(4096, -1, -1))
+        ((shape,),) = timer.shapes
+        timed.append(shape[0])
+    assert 192 <= timed[0] < timed[1]
+
+
 def test_a_slow_call_is_timed_a_few_times_only() -> None:
     import time
 
