@@ -172,7 +172,12 @@ def main() -> None:
         )
     origin = provenance()
     partial = chosen.quick or bool(chosen.only)
-    write(of_this_cpu("never_slower"), report(cells, origin), {**origin, "cells": cells}, quick=partial)
+    write(
+        of_this_cpu("never_slower"),
+        report(cells, origin),
+        {**origin, "cells": cells},
+        quick=partial,
+    )
 
 
 if __name__ == "__main__":
