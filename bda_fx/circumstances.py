@@ -36,6 +36,11 @@ def circumstances(device: torch.device) -> tuple[object, ...]:
     )
 
 
+def has_amx() -> bool:
+    """Whether the CPU has a unit for matrices of bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 @functools.cache
 def package_source_key() -> str:
     """Changes with any source file of the package: of an installation that is being worked on, the

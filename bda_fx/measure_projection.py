@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bda_fx.circumstances import has_amx
 from bda_fx.passes.emit_node import emit
 from bda_fx.passes.emit_projection import Spelling
 from bda_fx.passes.forms import Arrangement, Form, arrangement_of, basis_key, bias_key, weight_key
@@ -99,8 +100,7 @@ class Case:
 
     def _has_unit(self) -> bool:
         """Whether the CPU has a unit for matrices of this dtype."""
-        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
-        return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        return self.device.type == "cpu" and self.dtype is torch.bfloat16 and has_amx()
 
     def key(self, tokens: int) -> str:
         """What the times of this case are kept under."""

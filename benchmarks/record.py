@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bda_fx.circumstances import has_amx
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -31,11 +33,6 @@ def provenance(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[
         "versions": {name: installed(name) for name in ("torch", *packages)},
     }
     return record if seed is None else {**record, "seed": seed}
-
-
-def has_amx() -> bool:
-    """Whether the CPU has a unit for matrices of bfloat16."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def of_this_cpu(name: str) -> str:

@@ -172,23 +172,19 @@ at::Tensor project_by_tokens_without_gradient(
       x, packed, order, bias, start, size, slots, out_features, dense, ranges);
 }
 
-// Whether coefficients of a type are packed as they are, in pairs; else they are in float32.
-bool packs_in_pairs(at::ScalarType type) {
-  if (type == at::kBFloat16 && TILES<at::BFloat16> && unit::exists()) return true;
-  return (type == at::kBFloat16 && (MULTIPLIES<at::BFloat16> || has_brgemm<at::BFloat16>())) ||
-      (type == at::kHalf && has_brgemm<at::Half>());
-}
-
-// What the rows of a panel of a type are filled up to a multiple of, with zeros.
+// What the rows of a panel are filled up to a multiple of, with zeros: 1 where coefficients of a type
+// are packed in float32, more where they are packed as they are, in pairs.
 int64_t panel_depth(at::ScalarType type) {
   if (type == at::kBFloat16 && TILES<at::BFloat16> && unit::exists()) return unit::DEPTH;
-  return packs_in_pairs(type) ? 2 : 1;
+  const bool pairs =
+      (type == at::kBFloat16 && (MULTIPLIES<at::BFloat16> || has_brgemm<at::BFloat16>())) ||
+      (type == at::kHalf && has_brgemm<at::Half>());
+  return pairs ? 2 : 1;
 }
 
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(bda_fx, m) {
-  m.def("packs_in_pairs(ScalarType dtype) -> bool", packs_in_pairs);
   m.def("panel_width() -> int", [] { return PANEL; });
   m.def("panel_depth(ScalarType dtype) -> int", panel_depth);
 }

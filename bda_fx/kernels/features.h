@@ -125,15 +125,17 @@ class Shuffle {
 #if defined(CPU_CAPABILITY_AVX512)
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
   static constexpr int64_t SIZE = 64 / sizeof(T); // lanes of a vector
-#if defined(__AVX512VBMI__)
-  static constexpr bool BYTES = sizeof(T) == 2; // permuted in pairs, at half the cost on some CPUs
 #else
-  static constexpr bool BYTES = false;
-#endif
-#else
-  static constexpr bool BYTES = false;
   using Index = int32_t;
   static constexpr int64_t SIZE = 8;
+#endif
+
+  // Whether lanes are permuted as pairs of bytes, at half the cost on some CPUs.
+  static constexpr bool BYTES =
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VBMI__)
+      sizeof(T) == 2;
+#else
+      false;
 #endif
 
  public:

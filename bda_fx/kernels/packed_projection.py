@@ -67,11 +67,12 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def pack(coefficients: Tensor) -> Tensor:
     """Coefficients [F, K] on the CPU as the kernel reads them."""
-    pairs = torch.ops.bda_fx.packs_in_pairs(coefficients.dtype)
+    depth = torch.ops.bda_fx.panel_depth(coefficients.dtype)
+    pairs = depth > 1
     dtype = coefficients.dtype if pairs else torch.float32
     out_features, inner = coefficients.shape
     width = torch.ops.bda_fx.panel_width()
-    more = -inner % torch.ops.bda_fx.panel_depth(coefficients.dtype)
+    more = -inner % depth
     filled = F.pad(coefficients.to(dtype), (0, more, 0, -out_features % width))
     panels = filled.view(len(filled) // width, width, inner + more)
     if not pairs:

@@ -18,30 +18,22 @@
 
 #pragma once
 
+#include "brgemm.h"
 #include "features.h"
 #include "matrix_tile.h"
 #include "register_tile.h"
+#include "threads.h"
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
-#include <thread>
-#endif
-
 namespace bda_fx {
-
-namespace blas = at::native::cpublas;
 
 constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
 constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
@@ -55,101 +47,6 @@ static_assert(WIDTH % unit::SIZE == 0);
 // float64 as ATen's then; rounding to 16 bits hides their errors anyway.
 template <typename T>
 constexpr int64_t RUN = sizeof(T) == 4 ? 128 : 512;
-
-// body(begin, end) for parts of 0 … tasks, one for each thread.
-template <typename Body>
-void share(int64_t tasks, const Body& body) {
-#if defined(__SANITIZE_THREAD__)
-  // The sanitizer does not see how OpenMP, which is not built with it, starts and joins its threads.
-  const int64_t part = (tasks + at::get_num_threads() - 1) / at::get_num_threads();
-  std::vector<std::thread> threads;
-  for (int64_t begin = 0; begin < tasks; begin += part) {
-    threads.emplace_back([&body, begin, end = std::min(begin + part, tasks)] { body(begin, end); });
-  }
-  for (std::thread& thread : threads) thread.join();
-#else
-  at::parallel_for(0, tasks, 1, body);
-#endif
-}
-
-// -- memory of a thread ---------------------------------------------------------------------------
-
-// A buffer that grows to the largest size asked for.
-class Scratch {
- public:
-  template <typename T>
-  T* get(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + ALIGN - 1) / ALIGN * ALIGN;
-    if (bytes > size_) {
-      data_.reset(std::aligned_alloc(ALIGN, bytes));
-      TORCH_CHECK(data_ != nullptr, "basis_projection: no memory for ", bytes, " bytes");
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(void* data) const { std::free(data); }
-  };
-  std::unique_ptr<void, Free> data_;
-  int64_t size_ = 0;
-};
-
-struct Buffers {
-  Scratch rest, basis, sums, panel, row, wide;
-};
-
-inline Buffers& buffers() {
-  static thread_local Buffers own;
-  return own;
-}
-
-// -- products -------------------------------------------------------------------------------------
-
-// Multiply two small matrices of integers by brgemm, which are exact in every type.
-template <typename T>
-bool multiplies_pairs() {
-  constexpr int64_t m = 2, k = 4, n = 16;
-  T a[m * k], b[k * n];
-  float c[m * n], expected[m * n];
-  for (int64_t i = 0; i < m * k; ++i) a[i] = static_cast<T>(static_cast<float>(i % 5 - 2));
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      b[i / 2 * 2 * n + 2 * j + i % 2] = static_cast<T>(static_cast<float>((3 * i + j) % 7 - 3));
-    }
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      expected[i * n + j] = 1;
-      for (int64_t l = 0; l < k; ++l) {
-        expected[i * n + j] += static_cast<float>(a[i * k + l]) * ((3 * l + j) % 7 - 3);
-      }
-    }
-  }
-  std::fill_n(c, m * n, 1.0f);
-  try {
-    blas::brgemm(m, n, k, k, n, n, true, a, b, c, true);
-    blas::brgemm_release(true);
-  } catch (const c10::Error&) {
-    return false;
-  }
-  return std::equal(c, c + m * n, expected);
-}
-
-// Whether brgemm has a kernel for pairs of T here. PyTorch exports no such question, so it is tried;
-// where it would fall back to a plain loop, or oneDNN would emulate the type, no.
-template <typename T>
-bool has_brgemm() {
-  static const bool found = [] {
-#if !defined(BDA_FX_DOT_BF16)
-    if (std::is_same_v<T, at::BFloat16> && !blas::could_pack(at::kBFloat16)) return false;
-#endif
-    if (std::is_same_v<T, at::Half> && !blas::could_pack(at::kHalf)) return false;
-    return multiplies_pairs<T>();
-  }();
-  return found;
-}
 
 // One call: x of type T, multiplied in the type P of the packed coefficients.
 template <typename T, typename P>
@@ -273,8 +170,7 @@ class Projection {
     if constexpr (std::is_same_v<T, P>) {
       if (rest_in_place_) return {x_ + rows_.offset(block * block_) + rest_.first(), rest_stride_};
     }
-    const Matrix<P> packed = rest_buffer();
-    return {packed.data, packed.stride};
+    return rest_buffer();
   }
 
   Matrix<const B> basis(int64_t block) const {
@@ -283,8 +179,7 @@ class Projection {
         return {x_ + rows_.offset(block * block_) + basis_.first(), basis_stride_};
       }
     }
-    const Matrix<B> packed = basis_buffer();
-    return {packed.data, packed.stride};
+    return basis_buffer();
   }
 
   Matrix<P> rest_buffer() const {
