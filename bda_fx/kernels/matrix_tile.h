@@ -68,6 +68,11 @@ template <int R, typename T>
 void load_once(const T* from, int64_t stride) { load<R>(from, stride); }
 
 template <int R>
+void clear() {
+  std::memset(registers[R].row, 0, sizeof registers[R].row);
+}
+
+template <int R>
 void store(float* to, int64_t stride) {
   for (int64_t i = 0; i < rows_of[R]; ++i) std::memcpy(to + i * stride, registers[R].row[i], 64);
 }
@@ -135,6 +140,11 @@ C10_ALWAYS_INLINE void load_once(const T* from, int64_t stride) {
 }
 
 template <int R>
+C10_ALWAYS_INLINE void clear() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(R));
+}
+
+template <int R>
 C10_ALWAYS_INLINE void store(float* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride * 4), "i"(R) : "memory");
 }
@@ -151,6 +161,7 @@ inline void configure(int64_t) {}
 inline void release() {}
 template <int R, typename T> void load(const T* from, int64_t stride);
 template <int R, typename T> void load_once(const T* from, int64_t stride);
+template <int R> void clear();
 template <int R> void store(float* to, int64_t stride);
 template <int C, int A, int B> void multiply();
 
@@ -180,20 +191,18 @@ struct Factors {
   int64_t depth;
 };
 
-// sums [rows, 32] = the products + bias, which lies in two halves. BOTH: of more than 16 rows.
-// meanwhile() is called at each step.
+// sums [rows, 32] = the products. BOTH: of more than 16 rows. meanwhile() is called at each step.
 template <bool BOTH, typename Meanwhile>
 C10_ALWAYS_INLINE void multiply_tile(
-    const Factors& factors, const float* low, const float* high, Matrix<float> sums,
-    const Meanwhile& meanwhile) {
+    const Factors& factors, Matrix<float> sums, const Meanwhile& meanwhile) {
   asm volatile("" : : : "memory"); // loads that the compiler does not know of follow
   const at::BFloat16 *a = factors.rows.data, *b = factors.panel.data;
   const int64_t a_stride = factors.rows.stride, b_stride = factors.panel.stride;
-  load<0>(low, 0); // the same in every row
-  load<1>(high, 0);
+  clear<0>();
+  clear<1>();
   if constexpr (BOTH) {
-    load<2>(low, 0);
-    load<3>(high, 0);
+    clear<2>();
+    clear<3>();
   }
   for (int64_t k = 0; k < factors.depth; k += DEPTH) {
     load_once<6>(b, b_stride);

@@ -23,6 +23,7 @@
 #include "matrix_tile.h"
 #include "register_tile.h"
 #include "threads.h"
+#include "unit_outputs.h"
 
 #include <ATen/Context.h>
 #include <c10/util/SmallVector.h>
@@ -38,10 +39,8 @@ namespace bda_fx {
 constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
 constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
 constexpr int64_t BLOCK_BYTES = 256 << 10; // of x_R: with a panel it stays within an L2 cache
-constexpr int64_t TOKENS_OF_UNIT = 384; // the same for a unit for matrices
-constexpr int64_t PANEL_BYTES = 384 << 10; // of panels that it has in an L2 cache
-static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0 && TOKENS_OF_UNIT % unit::ROWS == 0);
-static_assert(WIDTH % unit::SIZE == 0);
+constexpr int64_t PANEL_BYTES = 768 << 10; // of panels that a unit for matrices has in an L2 cache
+static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0);
 
 // Products that are summed before they are added to what is there: sums of float32 are as near to
 // float64 as ATen's then; rounding to 16 bits hides their errors anyway.
@@ -60,6 +59,7 @@ class Projection {
 
   using B = std::conditional_t<READS<T> && !WIDENS, T, float>; // of x_B when it is added
   using S = std::conditional_t<WIDENS, float, T>; // of rows when they are split
+  using Tile = unit::Tile<T, B>;
 
   // Tokens from which on it pays to prepare shuffles.
   static constexpr int64_t MANY = 32;
@@ -99,11 +99,6 @@ class Projection {
       while (end < period_ && slots[end] == slots[begin] + end - begin) ++end;
       stretches_.push_back({begin, end, slots[begin]});
     }
-    const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
-    const int64_t tile = unit_ ? unit::ROWS : ROWS, upper = unit_ ? TOKENS_OF_UNIT : TOKENS;
-    const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / row / tile * tile, tile, upper);
-    const int64_t blocks = (tokens_ + most - 1) / most;
-    block_ = ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
     const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
     run_ = round_up<P>((inner_ + runs - 1) / runs);
     // Shuffled rows are written a vector at a time; lines of their own keep threads apart.
@@ -118,6 +113,9 @@ class Projection {
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
     }
+    const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens() / tile * tile;
+    const int64_t blocks = (tokens_ + most - 1) / most;
+    block_ = ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
     if (stride_ == 1 && tokens_ >= MANY) {
       if (!rest_in_place_) rest_shuffle_.prepare(rest, width_);
       if (!basis_in_place_) basis_shuffle_.prepare(basis, width_);
@@ -156,9 +154,23 @@ class Projection {
     return reinterpret_cast<uintptr_t>(rows) % ALIGN == 0 && stride % lanes<T>() == 0;
   }
 
+  // Tokens of a block, at most. Those that a unit for matrices has packed are read from the L1 cache if
+  // all panels follow, else from the L2 cache.
+  int64_t most_tokens() const {
+    const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
+    if (!unit_) return std::clamp<int64_t>(BLOCK_BYTES / row, ROWS, TOKENS);
+    if (together() * panel_ >= outputs()) return unit::ROWS;
+    return std::max<int64_t>((rest_in_place_ ? 2 : 1) * PANEL_BYTES / 2 / row, unit::ROWS);
+  }
+
   template <typename U>
   static int64_t round_up(int64_t count) {
     return (count + lanes<U>() - 1) / lanes<U>() * lanes<U>();
+  }
+
+  // Panels that a unit for matrices has in an L2 cache.
+  int64_t together() const {
+    return std::max<int64_t>(PANEL_BYTES / (depth_ * panel_ * sizeof(P)), 1);
   }
 
   int64_t outputs() const { return y_.stride; } // as y is contiguous
@@ -179,15 +191,17 @@ class Projection {
         return {x_ + rows_.offset(block * block_) + basis_.first(), basis_stride_};
       }
     }
-    return basis_buffer();
+    return basis_buffer(block);
   }
 
   Matrix<P> rest_buffer() const {
     return {buffers().rest.get<P>(block_ * rest_stride_), rest_stride_};
   }
 
-  Matrix<B> basis_buffer() const {
-    return {buffers().basis.get<B>(block_ * basis_stride_), basis_stride_};
+  Matrix<B> basis_buffer(int64_t block) const {
+    // A unit for matrices still reads those of the block before.
+    const int64_t other = unit_ ? block % 2 * block_ * basis_stride_ : 0;
+    return {buffers().basis.get<B>((1 + unit_) * block_ * basis_stride_) + other, basis_stride_};
   }
 
   // x_R and x_B of a block of tokens, to the buffers of this thread.
@@ -201,16 +215,17 @@ class Projection {
       if (WIDENS && (!rest_shuffle_.empty() || !basis_shuffle_.empty())) {
         const Matrix<float> wide{buffers().wide.get<float>(some * width_), width_};
         for (int64_t i = 0; i < count; ++i) at::vec::convert(rows.row(i), wide.row(i), width_);
-        split(Matrix<const float>{wide.data, width_}, m, count, 1);
+        split(Matrix<const float>{wide.data, width_}, block, m, count, 1);
       } else {
-        split(rows, m, count, stride_);
+        split(rows, block, m, count, stride_);
       }
     }
   }
 
   // x_R and x_B of ``count`` tokens, the ``first`` of a block and those after it, unless in place.
   template <typename V>
-  void split(Matrix<const V> rows, int64_t first, int64_t count, int64_t stride) const {
+  void split(
+      Matrix<const V> rows, int64_t block, int64_t first, int64_t count, int64_t stride) const {
     if (!rest_in_place_) {
       const Matrix<P> rest = rest_buffer().from(first);
       pick(rest_, rest_shuffle_, rows, count, stride, rest);
@@ -220,7 +235,7 @@ class Projection {
       }
     }
     if (!basis_in_place_) {
-      pick(basis_, basis_shuffle_, rows, count, stride, basis_buffer().from(first));
+      pick(basis_, basis_shuffle_, rows, count, stride, basis_buffer(block).from(first));
     }
   }
 
@@ -250,9 +265,10 @@ class Projection {
     }
   }
 
-  // What is added to ``count`` outputs from ``first`` on.
-  Addends addends(int64_t first, int64_t count) const {
-    Addends added{count};
+  // What is added to ``count`` outputs from ``first`` on, up to N vectors of them.
+  template <int N>
+  Addends<N> addends(int64_t first, int64_t count) const {
+    Addends<N> added{count};
     if (bias_ != nullptr) at::vec::convert(bias_ + first, added.bias.data(), count);
     for (int64_t head = first / period_ * period_; head < first + count; head += period_) {
       for (const Stretch& stretch : stretches_) {
@@ -307,102 +323,96 @@ class Projection {
     }
   }
 
-  // A tile of the unit for matrices: sums, and what they become outputs with.
-  struct Tile {
-    Matrix<const float> sums;
-    const Addends* added; // of each PART of its columns
-    int64_t columns;
-    Matrix<const B> features;
-    Matrix<T> y;
-    int64_t rows = 0;
-  };
-
-  static constexpr int64_t PART = std::min(WIDTH, unit::COLUMNS);
-  static constexpr int FINISHED = 4; // rows of a tile that are finished at a time
-
   // The outputs of the tasks [begin, end), of each a panel for a block of tokens, by a unit for
   // matrices. While the sums of a tile are computed, the tile before it is finished. As many panels as
   // stay in an L2 cache meet some tokens, which stay in the L1 cache, one after the other, so that
   // rows of y are written from left to right.
   void run_unit(int64_t begin, int64_t end, int64_t panels) const {
+    const bool some = begin / panels == (end - 1) / panels; // of the panels, for one block
+    const int64_t low = some ? begin % panels * panel_ : 0;
+    const int64_t high = some ? (end - 1) % panels * panel_ + panel_ : outputs();
+    const std::vector<unit::Column> columns = columns_of(low, std::min(high, outputs()));
     unit::Configured unit;
-    const int64_t together = std::max<int64_t>(PANEL_BYTES / (depth_ * panel_ * sizeof(P)), 1);
-    std::vector<Addends> added;
-    added.reserve((outputs() + PART - 1) / PART);
-    for (int64_t at = 0; at < outputs(); at += PART) {
-      added.push_back(addends(at, std::min(outputs() - at, PART)));
-    }
     float* sums = buffers().sums.get<float>(2 * unit::ROWS * unit::COLUMNS);
     float* others = sums + unit::ROWS * unit::COLUMNS;
+    Tile before;
     while (begin < end) {
       const int64_t block = begin / panels, first = begin % panels;
-      const int64_t count = std::min(panels - first, end - begin), m = tokens_of(block);
+      const int64_t after = std::min(panels, first + end - begin), m = tokens_of(block);
       gather(block);
-      Tile before;
-      for (int64_t some = 0; some < count; some += together) {
-        const int64_t left = (first + some) * panel_;
-        const int64_t right = (first + std::min(some + together, count)) * panel_;
+      for (int64_t panel = first; panel < after; panel += together()) {
+        const int64_t left = panel * panel_;
+        const int64_t right = std::min(std::min(panel + together(), after) * panel_, outputs());
         for (int64_t i = 0; i < m; i += unit::ROWS) {
-          for (int64_t at = left; at < std::min(right, outputs()); at += unit::COLUMNS) {
+          const Matrix<const P> rows = rest(block).from(i);
+          const Matrix<const B> features = basis(block).from(i);
+          const Matrix<T> y = y_.from(block * block_ + i);
+          const int64_t count = std::min(m - i, unit::ROWS);
+          unit.set(count);
+          for (int64_t at = left; at < right; at += unit::COLUMNS) {
             const Tile tile{
-                {sums, unit::COLUMNS}, &added[at / PART], std::min(outputs() - at, unit::COLUMNS),
-                basis(block).from(i), y_.from(block * block_ + i).columns(at),
-                std::min(m - i, unit::ROWS)};
-            unit.set(tile.rows);
-            multiply_by_unit(rest(block).from(i), at, sums, tile, before);
+                sums, &columns[(at - low) / unit::COLUMNS], features, y.columns(at), count};
+            multiply_by_unit(rows, at, sums, tile, before);
             std::swap(sums, others);
             before = tile;
           }
         }
       }
-      for (int64_t i = 0; i < before.rows; i += FINISHED) finish_rows(before, i);
-      begin += count;
+      begin += after - first;
     }
+    unit::Finish<unit::Spread::OTHER, T, B>(before).rows(before.rows);
   }
 
-  // The sums of a tile from its rows of x_R and the panel that holds the output ``at``; meanwhile
-  // its lines of y come to the cache, and the tile before it is finished.
+  // What is added to the outputs [low, high), by the columns of a tile.
+  std::vector<unit::Column> columns_of(int64_t low, int64_t high) const {
+    std::vector<unit::Column> columns;
+    columns.reserve((high - low + unit::COLUMNS - 1) / unit::COLUMNS);
+    for (int64_t at = low; at < high; at += unit::COLUMNS) {
+      columns.emplace_back(addends<unit::VECTORS>(at, std::min(high - at, unit::COLUMNS)));
+    }
+    return columns;
+  }
+
+  // The sums of a tile from its rows of x_R and the panel that holds its outputs, from ``at`` on.
   void multiply_by_unit(
       Matrix<const P> rows, int64_t at, float* sums, const Tile& tile, const Tile& before) const {
-    if constexpr (TILES<P>) {
-      const P* panel = packed_ + at / panel_ * depth_ * panel_;
-      const unit::Factors factors{rows, {panel + 2 * (at % panel_), 2 * panel_}, depth_};
-      const int64_t steps = depth_ / unit::DEPTH; // at each, up to ``most`` rows are finished
-      const int64_t most = (unit::ROWS / FINISHED + steps - 1) / steps * FINISHED;
-      int64_t done = 0;
-      const auto meanwhile = [&]() __attribute__((always_inline)) {
-        if (done >= unit::ROWS) return;
-        fetch<true>(tile.y.from(done), std::min(most, tile.rows - done), tile.columns * sizeof(T));
-        for (int64_t i = done; i < std::min(done + most, before.rows); i += FINISHED) {
-          finish_rows(before, i);
-        }
-        done += most;
-      };
-      const float* bias = tile.added->bias.data();
-      const bool apart = PART == unit::SIZE && tile.columns > PART; // the halves of the bias
-      const float* more = apart ? tile.added[1].bias.data() : bias + unit::SIZE % PART;
+    using unit::Spread;
+    const P* panel = packed_ + at / panel_ * depth_ * panel_;
+    const Matrix<const P> columns{panel + 2 * (at % panel_), 2 * panel_};
+    const auto by = [&](auto spread) {
       if (tile.rows > unit::SIZE) {
-        unit::multiply_tile<true>(factors, bias, more, {sums, unit::COLUMNS}, meanwhile);
+        multiply_by_unit<true, spread()>(rows, columns, sums, tile, before);
       } else {
-        unit::multiply_tile<false>(factors, bias, more, {sums, unit::COLUMNS}, meanwhile);
+        multiply_by_unit<false, spread()>(rows, columns, sums, tile, before);
       }
+    };
+    switch (before.rows > 0 ? before.column->spread : Spread::NONE) {
+      case Spread::NONE: return by(std::integral_constant<Spread, Spread::NONE>());
+      case Spread::ALL: return by(std::integral_constant<Spread, Spread::ALL>());
+      case Spread::SOME: return by(std::integral_constant<Spread, Spread::SOME>());
+      case Spread::OTHER: return by(std::integral_constant<Spread, Spread::OTHER>());
     }
   }
 
-  // The outputs of some rows of a tile, up to FINISHED from the i-th on, from their sums.
-  C10_ALWAYS_INLINE void finish_rows(const Tile& tile, int64_t i) const {
-    const auto part = [&](auto rows, int64_t at, int64_t row) {
-      Sums<rows(), PART / LANES> sums;
-      load(tile.sums.from(row).columns(at), sums);
-      finish<rows(), PART / LANES>(
-          sums, tile.added[at / PART], tile.features.from(row), tile.y.from(row).columns(at));
-    };
-    for (int64_t at = 0; at < tile.columns; at += PART) {
-      if (tile.rows - i >= FINISHED) {
-        part(std::integral_constant<int, FINISHED>(), at, i);
-      } else {
-        for (int64_t row = i; row < tile.rows; ++row) part(std::integral_constant<int, 1>(), at, row);
-      }
+  // The same; meanwhile its lines of y come to the cache, and the tile before it is finished.
+  // BOTH: it has more than half of its rows.
+  template <bool BOTH, unit::Spread SPREAD>
+  void multiply_by_unit(
+      Matrix<const P> rows, Matrix<const P> columns, float* sums, const Tile& tile,
+      const Tile& before) const {
+    if constexpr (TILES<P>) {
+      const int64_t steps = depth_ / unit::DEPTH;
+      const int64_t most = (unit::ROWS + steps - 1) / steps; // rows at a step
+      int64_t ahead = tile.rows;
+      Matrix<T> line = tile.y;
+      unit::Finish<SPREAD, T, B> finish(before);
+      const auto meanwhile = [&]() __attribute__((always_inline)) {
+        for (int64_t n = std::min(most, ahead); n > 0; --n, --ahead, line = line.from(1)) {
+          __builtin_prefetch(line.data, 1, 3);
+        }
+        finish.rows(most);
+      };
+      unit::multiply_tile<BOTH>({rows, columns, depth_}, {sums, unit::COLUMNS}, meanwhile);
     }
   }
 
@@ -414,7 +424,7 @@ class Projection {
     const Matrix<T> y = y_.from(block * block_).columns(first);
     const Matrix<const B> features = basis(block);
     for (int64_t at = 0; at < count; at += WIDTH) {
-      const Addends added = addends(first + at, std::min(WIDTH, count - at));
+      const auto added = addends<VECTORS>(first + at, std::min(WIDTH, count - at));
       const auto column = [&](auto vectors) {
         by_rows(tokens_of(block), [&](int64_t i, auto rows) {
           const Matrix<T> to = y.from(i).columns(at);

@@ -82,17 +82,33 @@ C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
 #endif
 }
 
+constexpr uint32_t ALL_LANES = (uint32_t{1} << LANES) - 1;
+
+// The same of all lanes.
+template <typename B>
+C10_ALWAYS_INLINE Wide whole(const B* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<B, at::BFloat16>) {
+    const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
+  }
+#endif
+  if constexpr (std::is_same_v<B, float>) return Wide::loadu(from);
+  return masked(from, ALL_LANES);
+}
+
 // Basis features that some lanes of a vector of outputs are given: that of lane j is j + ``first``.
 struct Given {
   int64_t first;
   uint32_t lanes;
 };
 
-// What is added to the sums of up to WIDTH outputs, and how many of them there are.
+// What is added to the sums of up to N vectors of outputs, and how many outputs there are.
+template <int N>
 struct Addends {
   int64_t count;
-  std::array<c10::SmallVector<Given, 2>, VECTORS> given;
-  std::array<float, WIDTH> bias{};
+  std::array<c10::SmallVector<Given, 2>, N> given;
+  alignas(ALIGN) std::array<float, N * LANES> bias{};
 
   // Outputs [begin, end) are given the basis features from ``feature`` on.
   void give(int64_t begin, int64_t end, int64_t feature) {
@@ -119,8 +135,8 @@ C10_ALWAYS_INLINE at::vec::Vectorized<T> narrow(const Wide& low, const Wide& hig
 }
 
 // sums += bias.
-template <int M, int N>
-C10_ALWAYS_INLINE void add_bias(Sums<M, N>& sums, const Addends& addends) {
+template <int M, int N, int MOST>
+C10_ALWAYS_INLINE void add_bias(Sums<M, N>& sums, const Addends<MOST>& addends) {
   BDA_FX_UNROLL
   for (int j = 0; j < N; ++j) {
     const Wide bias = Wide::loadu(addends.bias.data() + j * LANES);
@@ -130,9 +146,9 @@ C10_ALWAYS_INLINE void add_bias(Sums<M, N>& sums, const Addends& addends) {
 }
 
 // y = sums + basis features, rounded once.
-template <int M, int N, typename T, typename B>
+template <int M, int N, int MOST, typename T, typename B>
 C10_ALWAYS_INLINE void finish(
-    Sums<M, N>& sums, const Addends& addends, Matrix<const B> basis, Matrix<T> y) {
+    Sums<M, N>& sums, const Addends<MOST>& addends, Matrix<const B> basis, Matrix<T> y) {
   BDA_FX_UNROLL
   for (int j = 0; j < N; ++j) {
     for (const auto& [first, lanes] : addends.given[j]) {
