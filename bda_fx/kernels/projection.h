@@ -12,7 +12,7 @@
 // result alone.
 //
 // A CPU with a unit for matrices of bfloat16 multiplies many tokens by that, 32 at a time
-// (``matrix_tile.h``), and other 16-bit matrices that it has a unit for by oneDNN's brgemm.
+// (``matrix_tile.h``), while vectors finish what it multiplied (``unit_outputs.h``), and other 16-bit matrices that it has a unit for by oneDNN's brgemm.
 // Where coefficients were packed for instructions that this CPU lacks, blocks are multiplied in
 // float32. All index arithmetic is in int64.
 
@@ -34,13 +34,22 @@
 #include <utility>
 #include <vector>
 
+#include <unistd.h>
+
 namespace bda_fx {
 
 constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
-constexpr int64_t TOKENS = 192; // of a block: a panel from the L2 cache is reused enough
-constexpr int64_t BLOCK_BYTES = 256 << 10; // of x_R: with a panel it stays within an L2 cache
-constexpr int64_t PANEL_BYTES = 768 << 10; // of panels that a unit for matrices has in an L2 cache
+constexpr int64_t TOKENS = 384; // of a block: more would not reuse its panels much better
 static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0);
+
+// Bytes of an L2 cache. Where the system does not tell: as many as common ones have.
+inline int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told > 0) return told;
+#endif
+  return 1 << 20;
+}
 
 // Products that are summed before they are added to what is there: sums of float32 are as near to
 // float64 as ATen's then; rounding to 16 bits hides their errors anyway.
@@ -113,7 +122,7 @@ class Projection {
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
     }
-    const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens() / tile * tile;
+    const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens();
     const int64_t blocks = (tokens_ + most - 1) / most;
     block_ = ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
     if (stride_ == 1 && tokens_ >= MANY) {
@@ -123,10 +132,10 @@ class Projection {
   }
 
   void run() {
-    const int64_t panels = (outputs() + panel_ - 1) / panel_;
+    const int64_t panels = this->panels();
     const int64_t blocks = (tokens_ + block_ - 1) / block_;
     share(blocks * panels, [&](int64_t begin, int64_t end) {
-      if (unit_) return run_unit(begin, end, panels);
+      if (unit_) return run_unit(begin, end);
       int64_t gathered = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / panels, panel = task % panels;
@@ -154,13 +163,15 @@ class Projection {
     return reinterpret_cast<uintptr_t>(rows) % ALIGN == 0 && stride % lanes<T>() == 0;
   }
 
-  // Tokens of a block, at most. Those that a unit for matrices has packed are read from the L1 cache if
-  // all panels follow, else from the L2 cache.
+  // Tokens of a block, at most: what is read of them lies in an L2 cache, or, if a unit for matrices has
+  // all panels there, in an L1 cache.
   int64_t most_tokens() const {
-    const int64_t row = std::max<int64_t>(inner_, 1) * sizeof(P);
-    if (!unit_) return std::clamp<int64_t>(BLOCK_BYTES / row, ROWS, TOKENS);
-    if (together() * panel_ >= outputs()) return unit::ROWS;
-    return std::max<int64_t>((rest_in_place_ ? 2 : 1) * PANEL_BYTES / 2 / row, unit::ROWS);
+    const int64_t row = (rest_in_place_ ? width_ * sizeof(T) : rest_stride_ * sizeof(P)) +
+        (basis_in_place_ ? 0 : basis_stride_ * sizeof(B));
+    const int64_t most = l2_bytes() / 3 / row;
+    if (!unit_) return std::clamp<int64_t>(most / ROWS * ROWS, ROWS, TOKENS);
+    const bool all = together() == panels();
+    return all ? unit::ROWS : std::max(most / unit::ROWS * unit::ROWS, unit::ROWS);
   }
 
   template <typename U>
@@ -168,9 +179,13 @@ class Projection {
     return (count + lanes<U>() - 1) / lanes<U>() * lanes<U>();
   }
 
-  // Panels that a unit for matrices has in an L2 cache.
+  int64_t panels() const { return (outputs() + panel_ - 1) / panel_; }
+
+  // Panels that a unit for matrices has in an L2 cache: parts of them all, of nearly the same size.
   int64_t together() const {
-    return std::max<int64_t>(PANEL_BYTES / (depth_ * panel_ * sizeof(P)), 1);
+    const int64_t bytes = depth_ * panel_ * sizeof(P);
+    const int64_t parts = (panels() * bytes - 1) / (l2_bytes() * 3 / 8) + 1;
+    return (panels() + parts - 1) / parts;
   }
 
   int64_t outputs() const { return y_.stride; } // as y is contiguous
@@ -323,44 +338,74 @@ class Projection {
     }
   }
 
+  // What a thread has while a unit for matrices works for it.
+  struct Session {
+    int64_t low; // the first of its outputs
+    std::vector<unit::Column> columns;
+    float *sums, *others; // of a tile, and of the one before
+    unit::Configured unit;
+    Tile before;
+  };
+
   // The outputs of the tasks [begin, end), of each a panel for a block of tokens, by a unit for
   // matrices. While the sums of a tile are computed, the tile before it is finished. As many panels as
   // stay in an L2 cache meet some tokens, which stay in the L1 cache, one after the other, so that
   // rows of y are written from left to right.
-  void run_unit(int64_t begin, int64_t end, int64_t panels) const {
-    const bool some = begin / panels == (end - 1) / panels; // of the panels, for one block
-    const int64_t low = some ? begin % panels * panel_ : 0;
-    const int64_t high = some ? (end - 1) % panels * panel_ + panel_ : outputs();
-    const std::vector<unit::Column> columns = columns_of(low, std::min(high, outputs()));
-    unit::Configured unit;
+  void run_unit(int64_t begin, int64_t end) const {
+    const int64_t all = panels();
+    const bool some = begin / all == (end - 1) / all; // of the panels, for one block
+    const int64_t low = some ? begin % all * panel_ : 0;
+    const int64_t high = some ? (end - 1) % all * panel_ + panel_ : outputs();
     float* sums = buffers().sums.get<float>(2 * unit::ROWS * unit::COLUMNS);
-    float* others = sums + unit::ROWS * unit::COLUMNS;
-    Tile before;
+    Session session{
+        low, columns_of(low, std::min(high, outputs())), sums, sums + unit::ROWS * unit::COLUMNS};
     while (begin < end) {
-      const int64_t block = begin / panels, first = begin % panels;
-      const int64_t after = std::min(panels, first + end - begin), m = tokens_of(block);
+      const int64_t block = begin / all, first = begin % all;
+      const int64_t after = std::min(all, first + end - begin);
       gather(block);
       for (int64_t panel = first; panel < after; panel += together()) {
-        const int64_t left = panel * panel_;
-        const int64_t right = std::min(std::min(panel + together(), after) * panel_, outputs());
-        for (int64_t i = 0; i < m; i += unit::ROWS) {
-          const Matrix<const P> rows = rest(block).from(i);
-          const Matrix<const B> features = basis(block).from(i);
-          const Matrix<T> y = y_.from(block * block_ + i);
-          const int64_t count = std::min(m - i, unit::ROWS);
-          unit.set(count);
-          for (int64_t at = left; at < right; at += unit::COLUMNS) {
-            const Tile tile{
-                sums, &columns[(at - low) / unit::COLUMNS], features, y.columns(at), count};
-            multiply_by_unit(rows, at, sums, tile, before);
-            std::swap(sums, others);
-            before = tile;
-          }
+        const int64_t next = std::min(panel + together(), after);
+        for (int64_t i = 0; i < tokens_of(block); i += unit::ROWS) {
+          run_unit(block, i, panel * panel_, std::min(next * panel_, outputs()), session);
         }
       }
       begin += after - first;
     }
-    unit::Finish<unit::Spread::OTHER, T, B>(before).rows(before.rows);
+    const Tile& last = session.before;
+    unit::Finish<unit::Spread::OTHER, T, B>(last).rows(last.rows);
+  }
+
+  // The outputs [left, right) of some tokens, from the i-th of a block on, but for their last tile.
+  void run_unit(int64_t block, int64_t i, int64_t left, int64_t right, Session& session) const {
+    const Matrix<const P> rows = rest(block).from(i);
+    const Matrix<const B> features = basis(block).from(i);
+    const Matrix<T> y = y_.from(block * block_ + i);
+    const int64_t count = std::min(tokens_of(block) - i, unit::ROWS);
+    session.unit.set(count);
+    // With each tile, pages of some of the rows of y that follow are found.
+    const bool last = i + unit::ROWS >= tokens_of(block) && together() < panels();
+    const int64_t left_of_y = tokens_ - block * block_ - i - unit::ROWS;
+    int64_t unknown = last ? 0 : std::clamp<int64_t>(left_of_y, 0, unit::ROWS);
+    T* next = y.row(unit::ROWS) + left;
+    const int64_t share = (unit::ROWS * unit::COLUMNS + right - left - 1) / (right - left);
+    for (int64_t at = left; at < right; at += unit::COLUMNS) {
+      for (int64_t n = share; n > 0 && unknown > 0; --n, --unknown, next += y_.stride) {
+        find_pages(next, right - left);
+      }
+      const unit::Column& column = session.columns[(at - session.low) / unit::COLUMNS];
+      const Tile tile{session.sums, &column, features, y.columns(at), count};
+      multiply_by_unit(rows, at, session.sums, tile, session.before);
+      std::swap(session.sums, session.others);
+      session.before = tile;
+    }
+  }
+
+  // Has the CPU look up where pages of memory are: it takes as long as a tile does where no TLB tells.
+  static void find_pages(const T* from, int64_t count) {
+    const char* at = reinterpret_cast<const char*>(from);
+    const char* last = reinterpret_cast<const char*>(from + count) - 1;
+    for (; at < last; at += 4096) __builtin_prefetch(at, 1, 3);
+    __builtin_prefetch(last, 1, 3);
   }
 
   // What is added to the outputs [low, high), by the columns of a tile.

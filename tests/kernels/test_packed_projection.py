@@ -126,6 +126,15 @@ def test_rows_do_not_depend_on_their_number() -> None:
     assert torch.equal(packed([x, *others]), torch.cat(rows))
 
 
+@dtypes
+@pytest.mark.parametrize("start", [None, 128])
+def test_more_than_a_cache_holds(start: int | None, dtype: torch.dtype) -> None:
+    """Blocks of tokens meet parts of the panels; which ones changes nothing."""
+    form = Form("large", 512, 128, head(128, 256), 20, start=start, lead=(1500,))
+    x, *others = form.arguments(dtype)
+    assert torch.equal(packed([x, *others]), torch.cat([packed([y, *others]) for y in x.split(97)]))
+
+
 @pytest.mark.parametrize("width", [16, 32, 64])
 @pytest.mark.parametrize("form", REAL[:4], ids=lambda form: form.name)
 def test_panels_of_other_machines(form: Form, width: int) -> None:
