@@ -30,6 +30,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -40,6 +41,7 @@ namespace bda_fx {
 
 constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: as wide as a tile
 constexpr int64_t TOKENS = 384; // of a block: more would not reuse its panels much better
+constexpr int64_t FEWEST_TOKENS = 48; // of a block that is made smaller for the sake of threads
 static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0);
 
 // Bytes of an L2 cache. Where the system does not tell: as many as common ones have.
@@ -122,9 +124,7 @@ class Projection {
       if (rest_in_place_) rest_stride_ = step_;
       if (basis_in_place_) basis_stride_ = step_;
     }
-    const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens();
-    const int64_t blocks = (tokens_ + most - 1) / most;
-    block_ = ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
+    block_ = tokens_of_blocks();
     if (stride_ == 1 && tokens_ >= MANY) {
       if (!rest_in_place_) rest_shuffle_.prepare(rest, width_);
       if (!basis_in_place_) basis_shuffle_.prepare(basis, width_);
@@ -172,6 +172,19 @@ class Projection {
     if (!unit_) return std::clamp<int64_t>(most / ROWS * ROWS, ROWS, TOKENS);
     const bool all = together() == panels();
     return all ? unit::ROWS : std::max(most / unit::ROWS * unit::ROWS, unit::ROWS);
+  }
+
+  // Tokens of all blocks but the last: about the same in each, and so many blocks that threads have as
+  // many tasks each, as long as blocks do not become small.
+  int64_t tokens_of_blocks() const {
+    const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens();
+    const auto divide = [&](int64_t blocks) {
+      return ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
+    };
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t even = threads / std::gcd(threads, panels()); // divides the blocks then
+    const int64_t blocks = (tokens_ + most - 1) / most, more = (blocks + even - 1) / even * even;
+    return divide(tokens_ / more >= FEWEST_TOKENS ? more : blocks);
   }
 
   template <typename U>
@@ -366,7 +379,7 @@ class Projection {
       for (int64_t panel = first; panel < after; panel += together()) {
         const int64_t next = std::min(panel + together(), after);
         for (int64_t i = 0; i < tokens_of(block); i += unit::ROWS) {
-          run_unit(block, i, panel * panel_, std::min(next * panel_, outputs()), session);
+          run_strip(block, i, panel * panel_, std::min(next * panel_, outputs()), session);
         }
       }
       begin += after - first;
@@ -376,7 +389,7 @@ class Projection {
   }
 
   // The outputs [left, right) of some tokens, from the i-th of a block on, but for their last tile.
-  void run_unit(int64_t block, int64_t i, int64_t left, int64_t right, Session& session) const {
+  void run_strip(int64_t block, int64_t i, int64_t left, int64_t right, Session& session) const {
     const Matrix<const P> rows = rest(block).from(i);
     const Matrix<const B> features = basis(block).from(i);
     const Matrix<T> y = y_.from(block * block_ + i);
@@ -394,7 +407,7 @@ class Projection {
       }
       const unit::Column& column = session.columns[(at - session.low) / unit::COLUMNS];
       const Tile tile{session.sums, &column, features, y.columns(at), count};
-      multiply_by_unit(rows, at, session.sums, tile, session.before);
+      compute_tile(rows, at, session.sums, tile, session.before);
       std::swap(session.sums, session.others);
       session.before = tile;
     }
@@ -419,16 +432,16 @@ class Projection {
   }
 
   // The sums of a tile from its rows of x_R and the panel that holds its outputs, from ``at`` on.
-  void multiply_by_unit(
+  void compute_tile(
       Matrix<const P> rows, int64_t at, float* sums, const Tile& tile, const Tile& before) const {
     using unit::Spread;
     const P* panel = packed_ + at / panel_ * depth_ * panel_;
     const Matrix<const P> columns{panel + 2 * (at % panel_), 2 * panel_};
     const auto by = [&](auto spread) {
       if (tile.rows > unit::SIZE) {
-        multiply_by_unit<true, spread()>(rows, columns, sums, tile, before);
+        compute_tile<true, spread()>(rows, columns, sums, tile, before);
       } else {
-        multiply_by_unit<false, spread()>(rows, columns, sums, tile, before);
+        compute_tile<false, spread()>(rows, columns, sums, tile, before);
       }
     };
     switch (before.rows > 0 ? before.column->spread : Spread::NONE) {
@@ -442,7 +455,7 @@ class Projection {
   // The same; meanwhile its lines of y come to the cache, and the tile before it is finished.
   // BOTH: it has more than half of its rows.
   template <bool BOTH, unit::Spread SPREAD>
-  void multiply_by_unit(
+  void compute_tile(
       Matrix<const P> rows, Matrix<const P> columns, float* sums, const Tile& tile,
       const Tile& before) const {
     if constexpr (TILES<P>) {
