@@ -12,9 +12,9 @@
 // result alone.
 //
 // A CPU with a unit for matrices of bfloat16 multiplies many tokens by that, 32 at a time
-// (``matrix_tile.h``), while vectors finish what it multiplied (``unit_outputs.h``), and other 16-bit matrices that it has a unit for by oneDNN's brgemm.
-// Where coefficients were packed for instructions that this CPU lacks, blocks are multiplied in
-// float32. All index arithmetic is in int64.
+// (``matrix_tile.h``), while vectors finish what it multiplied (``unit_outputs.h``), and other 16-bit
+// matrices that it has a unit for by oneDNN's brgemm. Where coefficients were packed for instructions
+// that this CPU lacks, blocks are multiplied in float32. All index arithmetic is in int64.
 
 #pragma once
 
@@ -43,6 +43,8 @@ constexpr int64_t PANEL = std::max<int64_t>(WIDTH, 16); // outputs of a panel: a
 constexpr int64_t TOKENS = 384; // of a block: more would not reuse its panels much better
 constexpr int64_t FEWEST_TOKENS = 48; // of a block that is made smaller for the sake of threads
 static_assert(PANEL % WIDTH == 0 && TOKENS % ROWS == 0);
+
+constexpr int64_t PAGE = 4096; // bytes of a page of memory, at least
 
 // Bytes of an L2 cache. Where the system does not tell: as many as common ones have.
 inline int64_t l2_bytes() {
@@ -110,8 +112,7 @@ class Projection {
       while (end < period_ && slots[end] == slots[begin] + end - begin) ++end;
       stretches_.push_back({begin, end, slots[begin]});
     }
-    const int64_t runs = std::max<int64_t>((inner_ + RUN<P> - 1) / RUN<P>, 1);
-    run_ = round_up<P>((inner_ + runs - 1) / runs);
+    run_ = round_up<P>(at::divup(inner_, std::max<int64_t>(at::divup(inner_, RUN<P>), 1)));
     // Shuffled rows are written a vector at a time; lines of their own keep threads apart.
     rest_stride_ = round_up<P>(depth_) + lanes<P>();
     basis_stride_ = round_up<B>(basis_.count()) + lanes<B>();
@@ -133,7 +134,7 @@ class Projection {
 
   void run() {
     const int64_t panels = this->panels();
-    const int64_t blocks = (tokens_ + block_ - 1) / block_;
+    const int64_t blocks = at::divup(tokens_, block_);
     share(blocks * panels, [&](int64_t begin, int64_t end) {
       if (unit_) return run_unit(begin, end);
       int64_t gathered = -1;
@@ -178,27 +179,25 @@ class Projection {
   // many tasks each, as long as blocks do not become small.
   int64_t tokens_of_blocks() const {
     const int64_t tile = unit_ ? unit::ROWS : ROWS, most = most_tokens();
-    const auto divide = [&](int64_t blocks) {
-      return ((tokens_ + blocks - 1) / blocks + tile - 1) / tile * tile;
-    };
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     const int64_t even = threads / std::gcd(threads, panels()); // divides the blocks then
-    const int64_t blocks = (tokens_ + most - 1) / most, more = (blocks + even - 1) / even * even;
-    return divide(tokens_ / more >= FEWEST_TOKENS ? more : blocks);
+    int64_t blocks = at::divup(tokens_, most);
+    const int64_t more = at::divup(blocks, even) * even;
+    if (tokens_ / more >= FEWEST_TOKENS) blocks = more;
+    return at::divup(at::divup(tokens_, blocks), tile) * tile;
   }
 
   template <typename U>
   static int64_t round_up(int64_t count) {
-    return (count + lanes<U>() - 1) / lanes<U>() * lanes<U>();
+    return at::divup(count, lanes<U>()) * lanes<U>();
   }
 
-  int64_t panels() const { return (outputs() + panel_ - 1) / panel_; }
+  int64_t panels() const { return at::divup(outputs(), panel_); }
 
   // Panels that a unit for matrices has in an L2 cache: parts of them all, of nearly the same size.
   int64_t together() const {
     const int64_t bytes = depth_ * panel_ * sizeof(P);
-    const int64_t parts = (panels() * bytes - 1) / (l2_bytes() * 3 / 8) + 1;
-    return (panels() + parts - 1) / parts;
+    return at::divup(panels(), at::divup(panels() * bytes, l2_bytes() * 3 / 8));
   }
 
   int64_t outputs() const { return y_.stride; } // as y is contiguous
@@ -354,6 +353,7 @@ class Projection {
   // What a thread has while a unit for matrices works for it.
   struct Session {
     int64_t low; // the first of its outputs
+    bool all_together; // all panels are in the L2 cache
     std::vector<unit::Column> columns;
     float *sums, *others; // of a tile, and of the one before
     unit::Configured unit;
@@ -370,14 +370,16 @@ class Projection {
     const int64_t low = some ? begin % all * panel_ : 0;
     const int64_t high = some ? (end - 1) % all * panel_ + panel_ : outputs();
     float* sums = buffers().sums.get<float>(2 * unit::ROWS * unit::COLUMNS);
+    const int64_t together = this->together();
     Session session{
-        low, columns_of(low, std::min(high, outputs())), sums, sums + unit::ROWS * unit::COLUMNS};
+        low, together == all, columns_of(low, std::min(high, outputs())), sums,
+        sums + unit::ROWS * unit::COLUMNS};
     while (begin < end) {
       const int64_t block = begin / all, first = begin % all;
       const int64_t after = std::min(all, first + end - begin);
       gather(block);
-      for (int64_t panel = first; panel < after; panel += together()) {
-        const int64_t next = std::min(panel + together(), after);
+      for (int64_t panel = first; panel < after; panel += together) {
+        const int64_t next = std::min(panel + together, after);
         for (int64_t i = 0; i < tokens_of(block); i += unit::ROWS) {
           run_strip(block, i, panel * panel_, std::min(next * panel_, outputs()), session);
         }
@@ -396,18 +398,18 @@ class Projection {
     const int64_t count = std::min(tokens_of(block) - i, unit::ROWS);
     session.unit.set(count);
     // With each tile, pages of some of the rows of y that follow are found.
-    const bool last = i + unit::ROWS >= tokens_of(block) && together() < panels();
+    const bool last = i + unit::ROWS >= tokens_of(block) && !session.all_together;
     const int64_t left_of_y = tokens_ - block * block_ - i - unit::ROWS;
     int64_t unknown = last ? 0 : std::clamp<int64_t>(left_of_y, 0, unit::ROWS);
     T* next = y.row(unit::ROWS) + left;
-    const int64_t share = (unit::ROWS * unit::COLUMNS + right - left - 1) / (right - left);
+    const int64_t share = at::divup(unit::ROWS * unit::COLUMNS, right - left);
     for (int64_t at = left; at < right; at += unit::COLUMNS) {
       for (int64_t n = share; n > 0 && unknown > 0; --n, --unknown, next += y_.stride) {
         find_pages(next, right - left);
       }
       const unit::Column& column = session.columns[(at - session.low) / unit::COLUMNS];
       const Tile tile{session.sums, &column, features, y.columns(at), count};
-      compute_tile(rows, at, session.sums, tile, session.before);
+      compute_tile(rows, at, tile, session.before);
       std::swap(session.sums, session.others);
       session.before = tile;
     }
@@ -417,7 +419,7 @@ class Projection {
   static void find_pages(const T* from, int64_t count) {
     const char* at = reinterpret_cast<const char*>(from);
     const char* last = reinterpret_cast<const char*>(from + count) - 1;
-    for (; at < last; at += 4096) __builtin_prefetch(at, 1, 3);
+    for (; at < last; at += PAGE) __builtin_prefetch(at, 1, 3);
     __builtin_prefetch(last, 1, 3);
   }
 
@@ -433,15 +435,15 @@ class Projection {
 
   // The sums of a tile from its rows of x_R and the panel that holds its outputs, from ``at`` on.
   void compute_tile(
-      Matrix<const P> rows, int64_t at, float* sums, const Tile& tile, const Tile& before) const {
+      Matrix<const P> rows, int64_t at, const Tile& tile, const Tile& before) const {
     using unit::Spread;
     const P* panel = packed_ + at / panel_ * depth_ * panel_;
     const Matrix<const P> columns{panel + 2 * (at % panel_), 2 * panel_};
     const auto by = [&](auto spread) {
       if (tile.rows > unit::SIZE) {
-        compute_tile<true, spread()>(rows, columns, sums, tile, before);
+        compute_tile<true, spread()>(rows, columns, tile, before);
       } else {
-        compute_tile<false, spread()>(rows, columns, sums, tile, before);
+        compute_tile<false, spread()>(rows, columns, tile, before);
       }
     };
     switch (before.rows > 0 ? before.column->spread : Spread::NONE) {
@@ -456,21 +458,20 @@ class Projection {
   // BOTH: it has more than half of its rows.
   template <bool BOTH, unit::Spread SPREAD>
   void compute_tile(
-      Matrix<const P> rows, Matrix<const P> columns, float* sums, const Tile& tile,
-      const Tile& before) const {
+      Matrix<const P> rows, Matrix<const P> columns, const Tile& tile, const Tile& before) const {
     if constexpr (TILES<P>) {
-      const int64_t steps = depth_ / unit::DEPTH;
-      const int64_t most = (unit::ROWS + steps - 1) / steps; // rows at a step
+      const int64_t most = at::divup(unit::ROWS, depth_ / unit::DEPTH); // rows at a step
       int64_t ahead = tile.rows;
       Matrix<T> line = tile.y;
       unit::Finish<SPREAD, T, B> finish(before);
       const auto meanwhile = [&]() __attribute__((always_inline)) {
-        for (int64_t n = std::min(most, ahead); n > 0; --n, --ahead, line = line.from(1)) {
-          __builtin_prefetch(line.data, 1, 3);
-        }
+        const int64_t count = std::min(most, ahead);
+        fetch<true>(line, count, ALIGN);
+        line = line.from(count);
+        ahead -= count;
         finish.rows(most);
       };
-      unit::multiply_tile<BOTH>({rows, columns, depth_}, {sums, unit::COLUMNS}, meanwhile);
+      unit::multiply_tile<BOTH>({rows, columns, depth_}, {tile.sums, unit::COLUMNS}, meanwhile);
     }
   }
 

@@ -60,6 +60,15 @@ using Sums = Wide[M][N];
 
 // -- what is added --------------------------------------------------------------------------------
 
+#if defined(CPU_CAPABILITY_AVX512)
+// 16-bit lanes of type B as floats.
+template <typename B>
+C10_ALWAYS_INLINE Wide widened(__m256i lanes) {
+  if constexpr (std::is_same_v<B, at::Half>) return _mm512_cvtph_ps(lanes);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes), 16));
+}
+#endif
+
 // from[j] for the lanes j in ``mask``, 0 for others, which are not read.
 template <typename B>
 C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
@@ -67,9 +76,7 @@ C10_ALWAYS_INLINE Wide masked(const B* from, uint32_t mask) {
   if constexpr (std::is_same_v<B, float>) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
   } else {
-    const __m256i read = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
-    if constexpr (std::is_same_v<B, at::Half>) return _mm512_cvtph_ps(read);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
+    return widened<B>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
   }
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_maskload_ps(from, mask_of(mask));
@@ -87,14 +94,10 @@ constexpr uint32_t ALL_LANES = (uint32_t{1} << LANES) - 1;
 // The same of all lanes.
 template <typename B>
 C10_ALWAYS_INLINE Wide whole(const B* from) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<B, at::BFloat16>) {
-    const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16));
-  }
-#endif
   if constexpr (std::is_same_v<B, float>) return Wide::loadu(from);
-  return masked(from, ALL_LANES);
+#if defined(CPU_CAPABILITY_AVX512)
+  else return widened<B>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
 }
 
 // Basis features that some lanes of a vector of outputs are given: that of lane j is j + ``first``.

@@ -40,10 +40,10 @@ struct Column {
   }
 };
 
-// A tile of which ``rows`` have sums, and where their outputs go.
+// A tile of ``rows``: their sums, and where their outputs go.
 template <typename T, typename B>
 struct Tile {
-  const float* sums = nullptr; // [rows, COLUMNS]
+  float* sums = nullptr; // [rows, COLUMNS]
   const Column* column = nullptr;
   Matrix<const B> features{};
   Matrix<T> y{};
